@@ -1,0 +1,62 @@
+"""The command line: a table of verbs, each a module of this package loaded only when called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from mambacus import __version__
+from mambacus.runtime.errors import UserError, suggest
+
+VERBS = {
+    "demo": "the study on the embedded model: CPU, minutes, no network",
+    "study": "run a recipe: baseline, finetune, merge, evaluate, solve, report",
+    "finetune": "fine-tune a model on question-answer data",
+    "merge": "fold an adapter into its model, refused unless the logits agree",
+    "evaluate": "score a model on lm-evaluation-harness tasks",
+    "solve": "let a model solve math problems and grade the answers",
+    "generate": "continue prompts",
+    "bench": "measure speed and memory side by side with peers",
+    "report": "draw records as one HTML page with tables and plots",
+    "convert": "write a model in the Hugging Face or the original format",
+    "info": "describe a model: parameters, bytes, state, kernels",
+    "pretrain": "train a small model from scratch on text",
+}
+
+
+def usage() -> str:
+    """Return the text of ``mambacus --help``."""
+    width = max(map(len, VERBS))
+    lines = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+    return (
+        f"mambacus {__version__}: fine-tune, merge, evaluate, run and measure Mamba language models\n\n"
+        f"usage: mambacus VERB [flags]      mambacus VERB --help for the flags of one verb\n\n{lines}\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit status (0 fine, 2 the user's fault in one line, 130 interrupted)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"mambacus {__version__}")
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        print(f"mambacus: unknown verb {verb!r}{suggest(verb, VERBS)} (see mambacus --help)", file=sys.stderr)
+        return 2
+    try:
+        importlib.import_module(f"mambacus.{verb}").main(rest)
+    except UserError as error:
+        if os.environ.get("MAMBACUS_DEBUG"):
+            raise
+        print(f"mambacus {verb}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mambacus {verb}: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,1 @@
+"""ops/causal_conv1d."""

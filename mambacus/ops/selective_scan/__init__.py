@@ -1,0 +1,1 @@
+"""ops/selective_scan."""

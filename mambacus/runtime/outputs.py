@@ -1,0 +1,53 @@
+"""Output folders: never overwrite another run, and know one's own when resuming."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mambacus.runtime.errors import UserError
+from mambacus.runtime.records import write_json_atomic
+
+RUN_FILE = "run.json"
+
+
+def fingerprint(values: Any) -> str:
+    """Return a 16-digit hash of JSON-like ``values``; equal values give equal hashes."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def claim_directory(path: Path, kind: str, identity: dict[str, Any], *, resume: bool) -> None:
+    """Make ``path`` this run's folder.
+
+    An empty or new folder is claimed by writing ``run.json``. With ``resume`` a folder claimed by an equal ``identity``
+    (the settings that decide the result) is taken again.
+
+    Raises:
+        UserError: ``path`` is a file, holds files that are not a run's, holds another run, or holds this run and ``resume`` is off.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path}: expected a folder, got a file")
+    marker = path / RUN_FILE
+    mine = {"kind": kind, "identity": json.loads(json.dumps(identity, default=str))}
+    if marker.exists():
+        try:
+            theirs = json.loads(marker.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise UserError(f"--out {path}: its {RUN_FILE} is unreadable; choose another folder") from None
+        if not isinstance(theirs, dict) or theirs.get("kind") != kind:
+            raise UserError(f"--out {path}: holds a run of another kind; choose another folder")
+        if theirs.get("identity") != mine["identity"]:
+            old = theirs.get("identity") or {}
+            changed = sorted(key for key in {*old, *mine["identity"]} if old.get(key) != mine["identity"].get(key))
+            raise UserError(f"--out {path}: holds another run (differs in {', '.join(changed)}); choose another folder")
+        if not resume:
+            raise UserError(
+                f"--out {path}: holds this run already; add --resume to continue it or choose another folder"
+            )
+        return
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"--out {path}: holds files that are not a mambacus run; choose an empty or new folder")
+    path.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(marker, mine)
