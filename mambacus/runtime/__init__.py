@@ -1,1 +1,1 @@
-"""The floor: errors, configuration, records and the device, with no model and no import from the rest of the package."""
+"""The floor: errors, configuration, records, output folders and the device; imports nothing else of the package."""

@@ -1,7 +1,7 @@
 """One way from a frozen dataclass to a command line: flag > YAML > default.
 
-A command declares a frozen dataclass whose fields are made by `opt`; `parse` turns ``argv`` into an instance. Each default
-has one home (the dataclass), each help text says the unit, and unknown YAML keys are errors.
+A command declares a frozen dataclass whose fields are made by `opt`; `parse` turns ``argv`` into an instance. Each
+default has one home (the dataclass), each help text says the unit, and unknown YAML keys are errors.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str, descripti
         os.environ["MAMBACUS_DEBUG"] = "1"
     config_path = given.pop("config")
     values = _read_yaml(config_path, hints) if config_path else {}
-    values |= {name: value for name, value in given.items() if value is not _UNSET}
+    flags = {name: value for name, value in given.items() if value is not _UNSET}
+    values |= {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
     missing = [
         f.metadata["metavar"] or f.name if f.metadata["positional"] else "--" + f.name.replace("_", "-")
         for f in fields

@@ -25,7 +25,8 @@ def claim_directory(path: Path, kind: str, identity: dict[str, Any], *, resume: 
     (the settings that decide the result) is taken again.
 
     Raises:
-        UserError: ``path`` is a file, holds files that are not a run's, holds another run, or holds this run and ``resume`` is off.
+        UserError: ``path`` is a file, holds files that are not a run's, holds another run, or holds this run and
+            ``resume`` is off.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path}: expected a folder, got a file")

@@ -85,9 +85,16 @@ class Stopwatch:
             else dict(config)
         )
         return Record(
-            kind=kind, label=label, config=_jsonable(plain), results=_jsonable(results), environment=environment(),
-            command=["mambacus", *sys.argv[1:]], started_at=self._started_at, seconds=round(self.seconds, 3), items_file=items_file,
-        )  # fmt: skip
+            kind=kind,
+            label=label,
+            config=_jsonable(plain),
+            results=_jsonable(results),
+            environment=environment(),
+            command=["mambacus", *sys.argv[1:]],
+            started_at=self._started_at,
+            seconds=round(self.seconds, 3),
+            items_file=items_file,
+        )
 
 
 def environment() -> dict[str, Any]:

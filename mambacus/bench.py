@@ -1,0 +1,116 @@
+"""``mambacus bench train|decode``: speed and memory side by side with peers, into one JSON record.
+
+Every case runs in a process of its own, implementations alternate, and the record keeps every sample and the machine's
+ceilings measured in the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mambacus.runtime.config import opt, parse
+from mambacus.runtime.errors import UserError, suggest
+from mambacus.runtime.records import Record, Stopwatch, write_record
+
+if TYPE_CHECKING:
+    from mambacus.measuring.cases import Case
+
+WHAT = {"train": ("train",), "decode": ("prefill", "decode"), "prefill": ("prefill",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of ``mambacus bench``."""
+
+    what: str = opt(
+        help="train (forward and backward) | decode (prefill and one-token steps) | prefill", positional=True
+    )
+    out: Path = opt(help="the JSON record to write", metavar="FILE.json")
+    model: str = opt("130m", "published shape with random weights: 130m, 370m, 790m, 1.4b, 2.8b")
+    implementations: tuple[str, ...] = opt(("mambacus", "transformers"), "who is measured")
+    dtypes: tuple[str, ...] = opt(("float32",), "float32, bfloat16")
+    batches: tuple[int, ...] = opt((1,), "rows")
+    seqlen: int = opt(1024, "tokens a row for prefill and train")
+    prompt: int = opt(16, "prompt tokens before decoding")
+    new_tokens: int = opt(32, "one-token steps in decoding")
+    repeats: int = opt(3, "counted runs of each case")
+    warmup: int = opt(1, "uncounted runs before them")
+    peer_repeats: int = opt(
+        0, "counted runs for peers when they are slow (0: as --repeats); with 1 they get no warm-up"
+    )
+    peer_dtypes: tuple[str, ...] = opt((), "dtypes for peers (default: as --dtypes)")
+    threads: int = opt(0, "CPU threads (0: torch's default)")
+    device: str = opt("cpu", "cpu or cuda")
+    timeout: float = opt(1800.0, "seconds after which a case is given up and recorded so")
+    label: str = opt("", "name of the machine or change, for reports")
+
+
+def plan(config: Config) -> Iterator[Case]:
+    """Yield the cases in the order they run: implementations alternate within a shape."""
+    from mambacus.measuring.cases import IMPLEMENTATIONS, Case
+
+    if config.what not in WHAT:
+        raise UserError(f"expected one of {', '.join(WHAT)}, got {config.what!r}{suggest(config.what, WHAT)}")
+    for name in config.implementations:
+        if name not in IMPLEMENTATIONS:
+            raise UserError(f"--implementations: expected {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+    dtypes = [*config.dtypes, *(name for name in config.peer_dtypes if name not in config.dtypes)]
+    for benchmark in WHAT[config.what]:
+        for dtype in dtypes:
+            for batch in config.batches:
+                for name in config.implementations:
+                    ours = name == "mambacus"
+                    if dtype not in (config.dtypes if ours else config.peer_dtypes or config.dtypes):
+                        continue
+                    repeats = config.repeats if ours or not config.peer_repeats else config.peer_repeats
+                    yield Case(
+                        benchmark, name, config.model, dtype, batch,
+                        seqlen=config.prompt if benchmark == "decode" else config.seqlen,
+                        new_tokens=config.new_tokens if benchmark == "decode" else 0,
+                        repeats=repeats, warmup=0 if repeats == 1 and not ours else config.warmup,
+                        threads=config.threads, device=config.device,
+                    )  # fmt: skip
+
+
+def run(config: Config) -> Record:
+    """Measure every case of `plan` and write the record.
+
+    Raises:
+        UserError: unknown benchmark or implementation, or a case that failed for another reason than memory or time.
+    """
+    from rich.progress import Progress
+
+    from mambacus.measuring.cases import measure
+    from mambacus.measuring.timing import ceilings
+    from mambacus.runtime.device import resolve_device
+
+    watch = Stopwatch()
+    device = resolve_device(config.device)
+    cases = list(plan(config))
+    rows = []
+    with Progress() as progress:
+        task = progress.add_task("bench", total=len(cases))
+        for case in cases:
+            progress.update(task, description=case.title)
+            rows.append(measure(case, config.timeout))
+            progress.advance(task)
+    record = watch.record("bench", config.label or config.model, config, {"rows": rows, "ceilings": ceilings(device)})
+    write_record(config.out, record)
+    return record
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run from the command line and print one row per case."""
+    config = parse(Config, argv, "mambacus bench", __doc__.splitlines()[0])
+    record = run(config)
+    for row in record.results["rows"]:
+        shape = f"{row['batch']} x {row['seqlen']}" + (f" + {row['new_tokens']}" if row["new_tokens"] else "")
+        figures = row.get("error")
+        if not figures:
+            gib = row["peak_memory_bytes"] / 2**30
+            figures = f"{row['tokens_per_second']:10.1f} tok/s  {row['median_ms']:10.1f} ms  {gib:6.2f} GiB"
+        print(f"{row['benchmark']:8} {row['dtype']:9} {shape:14} {row['implementation']:13} {figures}")
+    print(f"record: {config.out}")

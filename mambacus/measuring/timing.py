@@ -1,0 +1,55 @@
+"""Timing one callable: warm up, synchronise, repeat, report every sample."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def time_ms(step: Callable[[], object], device: torch.device, *, repeats: int, warmup: int) -> list[float]:
+    """Return the wall-clock milliseconds of ``repeats`` calls of ``step`` after ``warmup`` uncounted ones.
+
+    The GPU is synchronised before each clock reading, so queued work is counted where it was caused.
+    """
+    samples = []
+    for index in range(warmup + repeats):
+        _synchronise(device)
+        start = time.perf_counter()
+        step()
+        _synchronise(device)
+        if index >= warmup:
+            samples.append(1e3 * (time.perf_counter() - start))
+    return samples
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median(samples: list[float]) -> float:
+    """Return the median of ``samples``."""
+    return statistics.median(samples)
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Measure what this machine can do at most right now.
+
+    Returns:
+        ``copy_gb_s``: bytes read plus written by a large copy; ``float32_gemm_gflop_s`` and ``bfloat16_gemm_gflop_s``:
+        a large matrix product through torch.
+    """
+    size = 2**26 if device.type == "cpu" else 2**29
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    copy_ms = median(time_ms(lambda: target.copy_(source), device, repeats=7, warmup=2))
+    figures = {"copy_gb_s": 2 * size / copy_ms / 1e6}
+    side = 1024 if device.type == "cpu" else 8192
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        gemm_ms = median(time_ms(lambda a=left, b=right: a @ b, device, repeats=5, warmup=2))  # type: ignore[misc]
+        figures[f"{str(dtype).removeprefix('torch.')}_gemm_gflop_s"] = 2 * side**3 / gemm_ms / 1e6
+    return figures

@@ -1,0 +1,70 @@
+"""The command line's frame: instant help, suggestions, one-line errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import types
+
+import pytest
+
+from mambacus import cli
+from mambacus.runtime.errors import UserError
+
+
+def test_help_names_every_verb_and_loads_no_torch():
+    code = "import sys, mambacus.cli; mambacus.cli.main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for verb in cli.VERBS:
+        assert f"\n  {verb} " in done.stdout
+
+
+def test_every_verb_has_its_module():
+    for verb in cli.VERBS:
+        assert importlib.util.find_spec(f"mambacus.{verb}") is not None, verb
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_verb_help_loads_no_torch(verb):
+    code = f"""
+import sys, mambacus.cli
+try:
+    mambacus.cli.main(['{verb}', '--help'])
+except SystemExit as stop:
+    assert stop.code == 0
+assert 'torch' not in sys.modules and 'transformers' not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: mambacus " + verb in done.stdout
+
+
+def test_unknown_verb_gets_a_suggestion(capsys):
+    assert cli.main(["evalute"]) == 2
+    assert "did you mean 'evaluate'" in capsys.readouterr().err
+
+
+def test_no_verb_prints_usage_and_fails(capsys):
+    assert cli.main([]) == 2
+    assert "usage: mambacus VERB" in capsys.readouterr().out
+
+
+def test_user_errors_are_one_line(capsys, monkeypatch):
+    def fail(_argv):
+        raise UserError("--data: line 17 is broken")
+
+    monkeypatch.setitem(sys.modules, "mambacus.finetune", types.SimpleNamespace(main=fail))
+    monkeypatch.delenv("MAMBACUS_DEBUG", raising=False)
+    assert cli.main(["finetune"]) == 2
+    assert capsys.readouterr().err == "mambacus finetune: error: --data: line 17 is broken\n"
+
+
+def test_our_own_faults_keep_their_traceback(monkeypatch):
+    def fail(_argv):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(sys.modules, "mambacus.finetune", types.SimpleNamespace(main=fail))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["finetune"])
