@@ -2,33 +2,44 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test lint types gpu-test clean
-install: $(STAMP)
+.PHONY: demo test gpu-test lint types imports clean
 
-$(STAMP): pyproject.toml constraints.txt
+# the package and what it needs to run
+$(VENV)/.minimal: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $(STAMP)
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
 
-demo: install
+# what tests and linters need besides
+$(VENV)/.dev: $(VENV)/.minimal
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.minimal
 	$(BIN)/mambacus demo --out runs/demo
 
-test: install
+test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-gpu-test: install
+gpu-test: $(VENV)/.dev
 	MAMBACUS_REQUIRE_GPU=1 $(BIN)/python -m pytest -m gpu
 
-lint: install
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-types: install
+types: $(VENV)/.dev
 	$(BIN)/mypy
+
+# every module imports with nothing but the package's own dependencies (GPU kernels need Triton and are left out)
+imports: $(VENV)/.minimal
+	$(BIN)/python -c "import importlib, pkgutil, mambacus; \
+	names = [m.name for m in pkgutil.walk_packages(mambacus.__path__, 'mambacus.')]; \
+	[importlib.import_module(n) for n in names if not n.endswith(('.gpu', '.__main__'))]; print(len(names), 'modules')"
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -99,7 +99,7 @@ class Stopwatch:
 
 def environment() -> dict[str, Any]:
     """Return machine, operating system and package versions; names the GPU only if torch is already loaded."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
