@@ -1,0 +1,79 @@
+"""One function chooses the backend of an op and says why."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import warnings
+
+import torch
+
+from mambacus.runtime.errors import UserError, suggest
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The backend that runs an op, and the reason for it.
+
+    Attributes:
+        name: ``reference``, ``cpu`` or ``triton``.
+        reason: one clause for the record, for example ``requested`` or ``cpu device``.
+    """
+
+    name: str
+    reason: str
+
+
+@functools.lru_cache(maxsize=256)
+def choose_backend(
+    op: str, device: torch.device, requested: str = "auto", *, dtype: torch.dtype | None = None
+) -> Choice:
+    """Choose the backend for one op.
+
+    ``auto`` takes the kernel of the device. It takes the reference instead, which is exact but slow, for float64 (the
+    kernels compute in float32) and, with a warning, where no kernel can run.
+
+    Args:
+        op: name of the op, for messages.
+        device: device of the op's first tensor.
+        requested: ``auto``, ``reference``, ``cpu`` or ``triton``.
+        dtype: dtype of the op's first tensor; None means any dtype a kernel takes.
+
+    Raises:
+        UserError: ``requested`` is unknown or names a backend that cannot run here; the message says why.
+    """
+    if requested not in BACKENDS:
+        raise UserError(
+            f"{op}: backend: expected one of {', '.join(BACKENDS)}, got {requested!r}{suggest(requested, BACKENDS)}"
+        )
+    if requested == "reference":
+        return Choice("reference", "requested")
+    if requested != "auto":
+        obstacle = _obstacle(requested, device, dtype)
+        if obstacle:
+            raise UserError(f"{op}: backend {requested!r} cannot run: {obstacle}")
+        return Choice(requested, "requested")
+    if dtype == torch.float64:
+        return Choice("reference", "float64 input; the kernels compute in float32")
+    native = "triton" if device.type == "cuda" else "cpu"
+    obstacle = _obstacle(native, device, dtype)
+    if obstacle is None:
+        return Choice(native, f"{device.type} device")
+    warnings.warn(f"{op}: running the slow reference implementation: {obstacle}", RuntimeWarning, stacklevel=3)
+    return Choice("reference", obstacle)
+
+
+def _obstacle(backend: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Return why ``backend`` cannot run on ``device``, or None if it can."""
+    device_type, package = {"cpu": ("cpu", "numba"), "triton": ("cuda", "triton")}[backend]
+    # Fake tensors of torch.compile keep their device; meta tensors run no kernel and may pass as CPU.
+    if device.type != device_type and not (device.type == "meta" and backend == "cpu"):
+        return f"it needs {device_type} tensors, got {device.type}"
+    if importlib.util.find_spec(package) is None:
+        return f"the package {package} is not installed"
+    if dtype == torch.float64:
+        return "it computes in float32, got float64 input"
+    return None
