@@ -1,0 +1,200 @@
+r"""From a completion to its final answer, and from two answers to a verdict.
+
+Rules, in this order, on the first answer only (a completion that runs on into a new question is cut there):
+``#### N``, ``\boxed{N}``, "answer is N", the last number. What an explicit mark introduces is final: when it holds no
+answer, the completion is unparsed and no later rule guesses. Equality is math-verify's, on exact values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from mambacus.data.prompts import ANSWER_MARK
+
+UNPARSED = "unparsed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Extraction:
+    """The final answer of a completion.
+
+    Attributes:
+        text: the answer as it stands in the completion (a letter for multiple choice), or None.
+        reason: the rule that found it: ``####``, ``boxed``, ``answer is``, ``last number``, ``last letter``,
+            ``option text`` or ``unparsed``.
+    """
+
+    text: str | None
+    reason: str
+
+
+_NOT_FOUND = Extraction(None, UNPARSED)
+
+_RUN_ON = re.compile(r"(?:^|\n)[ \t]*(?:Question|Problem|Q)[ \t]*\d*[ \t]*:|\bQuestion:")
+_ANSWER_IS = re.compile(r"\banswer\s*(?:is|was|would be|=|:)+\s*:?", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
+
+_LONGEST_NUMBER = 300  # characters; a model that repeats digits for ever has not answered
+_CURRENCY = "$€£¥"
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d++)(?:\.\d++)?(?:[eE][-+]?\d{1,2}(?!\d))?|(?<![\w.])\.\d++)"
+# A minus after a digit, letter or bracket subtracts: "10-3" ends in 3, "= -3" in -3.
+_SIGN = r"(?:(?<![\w)\]])[-−–+])?"
+_NUMBER = re.compile(
+    rf"{_SIGN}[{_CURRENCY}]?(?:(?<=[{_CURRENCY}])[-−])?(?<![A-Za-z_])(?<!\d)(?<!\d\.)(?<!\d,)"
+    rf"(?:\d+\s+(?:and\s+)?\d+\s*/\s*\d++|{_DIGITS}(?:\s*/\s*[{_CURRENCY}]?\d++(?!\.\d))?)"
+    r"(?!(?:st|nd|rd|th)\b)(?:\s*(?:%|percent\b))?"
+)
+
+
+def first_answer(completion: str) -> str:
+    """Return the completion up to where it starts a new question of its own."""
+    match = _RUN_ON.search(completion)
+    return completion[: match.start()] if match else completion
+
+
+def extract_number(completion: str) -> Extraction:
+    """Return the final number of a completion as written there, for example ``$1,234.50``, ``3 1/2``, ``-3``, ``50%``."""
+    text = first_answer(completion)
+    marked = _marked_segment(text)
+    if marked is not None:
+        segment, reason = marked
+        number = _number_in(segment)
+        return Extraction(number, reason) if number else _NOT_FOUND
+    numbers = _NUMBER.findall(text)
+    return Extraction(numbers[-1].strip(), "last number") if numbers else _NOT_FOUND
+
+
+def extract_letter(completion: str, options: Sequence[str]) -> Extraction:
+    """Return the letter a multiple-choice completion settles on: A for ``options[0]``, B for ``options[1]`` ...
+
+    An answer that gives an option's text or an equal number instead of its letter counts as that letter.
+    """
+    letters = "ABCDEFGHIJ"[: len(options)]
+    text = first_answer(completion)
+    marked = _marked_segment(text)
+    if marked is not None:
+        segment, reason = marked
+        match = re.match(
+            rf"\W*(?:(?:option|choice)\W*)?(?:([{letters}])(?![A-Za-z'])|\(?([{letters.lower()}])\))", segment
+        )
+        if match:
+            return Extraction((match[1] or match[2]).upper(), reason)
+        return _option_named(segment, options, letters)
+    bracketed = re.findall(rf"\(([{letters}{letters.lower()}])\)|(?<!\w)([{letters}])\)", text)
+    alone = [first or second for first, second in bracketed] or re.findall(rf"(?<![\w'])([{letters}])(?![\w'])", text)
+    # "A" also opens English sentences: alone it counts only when it is all there is.
+    if alone and (bracketed or set(alone) != {"A"} or text.strip(" .") == "A"):
+        return Extraction(alone[-1].upper(), "last letter")
+    return _option_named(text, options, letters)
+
+
+def same_number(gold: str, predicted: str) -> bool:
+    """Return whether two numbers are equal by math-verify: exactly, or to six decimals when one is a decimal.
+
+    ``50%`` equals both ``50`` and ``0.5``. Text that is not a plain number is read by math-verify's LaTeX and
+    expression parsers.
+    """
+    from math_verify import verify
+
+    gold_values, predicted_values = _values(gold), _values(predicted)
+    return bool(gold_values and predicted_values and verify(gold_values, predicted_values))
+
+
+def canonical(answer: str) -> str:
+    """Return one spelling for equal numbers (``29.00`` and ``$29`` give ``29``), so that votes can be counted."""
+    value = _plain_value(answer)
+    return answer.strip() if value is None else str(value)
+
+
+def _marked_segment(text: str) -> tuple[str, str] | None:
+    """Return what the strongest answer mark introduces, and the mark's name."""
+    if ANSWER_MARK in text:
+        return _line(text.split(ANSWER_MARK, 1)[1].lstrip("#")), ANSWER_MARK
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed, "boxed"
+    mentions = list(_ANSWER_IS.finditer(text))
+    if mentions:
+        rest = text[mentions[-1].end() :].lstrip()
+        end = _SENTENCE_END.search(rest)
+        return rest[: end.start()] if end else rest, "answer is"
+    return None
+
+
+def _line(text: str) -> str:
+    return text.lstrip().split("\n", 1)[0].strip()
+
+
+def _last_boxed(text: str) -> str | None:
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 0, start + len("\\boxed")
+    for position in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[begin + 1 : position]
+    return text[begin + 1 :]
+
+
+def _number_in(segment: str) -> str | None:
+    """Return the number of a short answer: after its last ``=``, else the first one; LaTeX is kept whole."""
+    segment = re.sub(r"^([-−])\s+(?=[\d$])", r"\1", segment.strip().strip("*_`"))
+    if re.search(r"\\[dt]?frac", segment):
+        return segment
+    after_equals = _NUMBER.search(segment.rsplit("=", 1)[1]) if "=" in segment else None
+    match = after_equals or _NUMBER.search(segment)
+    return match[0].strip() if match else None
+
+
+def _option_named(segment: str, options: Sequence[str], letters: str) -> Extraction:
+    plain = _bare(segment)
+    named = [letter for letter, option in zip(letters, options, strict=True) if plain == _bare(option)]
+    if not named:
+        number = _number_in(segment)
+        named = [
+            letter
+            for letter, option in zip(letters, options, strict=True)
+            if number and _plain_value(option) is not None and same_number(option, number)
+        ]
+    return Extraction(named[0], "option text") if len(named) == 1 else _NOT_FOUND
+
+
+def _bare(text: str) -> str:
+    return text.strip(" .*$()").casefold()
+
+
+def _values(text: str) -> list[Any]:
+    """Return the sympy values that a written number may mean."""
+    import sympy
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    if len(text) > _LONGEST_NUMBER:
+        return []
+    exact = _plain_value(text)
+    if exact is None:
+        latex = f"${text}$" if "\\" in text else text
+        return list(parse(latex, extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()]))
+    # math-verify compares floats to six decimals and rationals exactly: 0.333333 may stand for 1/3, 1/3 not for 0.34
+    rational = sympy.Rational(exact.numerator, exact.denominator)
+    value = sympy.Float(rational, 30) if "." in text else rational
+    return [value, value / 100] if re.search(r"%|percent", text) else [value]
+
+
+def _plain_value(text: str) -> Fraction | None:
+    """Return the exact value of a plain number: sign, currency, thousands, decimals, fraction or mixed number."""
+    match = _NUMBER.fullmatch(text.strip().rstrip("."))
+    if not match or len(text) > _LONGEST_NUMBER:
+        return None
+    plain = re.sub(rf"[{_CURRENCY},+]|%|percent", "", match[0]).replace("−", "-").replace("–", "-")
+    negative = "-" in plain.lower().replace("e-", "")
+    parts = re.sub(r"\s*/\s*", "/", plain.replace(" and ", " ")).replace("-", "", int(negative)).split()
+    try:
+        value = sum((Fraction(part) for part in parts), Fraction(0))
+    except ZeroDivisionError:
+        return None
+    return -value if negative else value
