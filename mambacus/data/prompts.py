@@ -1,0 +1,31 @@
+"""The one prompt format: what a model is tuned on is byte for byte what it is asked with.
+
+A training text is ``qa_prompt(question) + qa_completion(solution, answer)`` and the end-of-text token; an evaluation
+stops after ``qa_prompt(question)``.
+"""
+
+from __future__ import annotations
+
+ANSWER_MARK = "####"
+
+
+def qa_prompt(question: str) -> str:
+    """Return ``Question: <question>`` and, on the next line, ``Answer:`` without a trailing space."""
+    return f"Question: {question.strip()}\nAnswer:"
+
+
+def qa_completion(solution: str | None, answer: str) -> str:
+    """Return what follows the prompt: a space, the worked solution and, on its own line, ``#### <answer>``.
+
+    A solution whose last line is an answer line already is left as it is; without one the answer line stands alone.
+
+    Args:
+        solution: worked text or None.
+        answer: the final answer.
+    """
+    body = (solution or "").strip()
+    if not body:
+        return f" {ANSWER_MARK} {answer.strip()}"
+    if body.rsplit("\n", 1)[-1].startswith(ANSWER_MARK):
+        return f" {body}"
+    return f" {body}\n{ANSWER_MARK} {answer.strip()}"
