@@ -1,0 +1,88 @@
+"""Attaching a PEFT adapter to a model, with the checks that PEFT leaves out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mambacus.models.mamba import MambaLM
+from mambacus.runtime.errors import UserError
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def attach_adapter(model: MambaLM, folder: Path) -> Any:
+    """Wrap ``model`` with the adapter in ``folder``.
+
+    PEFT loads what fits and says little about the rest; here every stored tensor must find its place and every place
+    must be filled.
+
+    Returns:
+        A ``peft.PeftModel``, for inference.
+
+    Raises:
+        UserError: no adapter there, corrupt files, or an adapter made for another model; the message names both.
+    """
+    import safetensors
+    from peft import PeftModel, get_peft_model_state_dict
+
+    base = check_adapter_folder(folder)
+    try:
+        with safetensors.safe_open(folder / _WEIGHTS, framework="pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 -- no dict
+        misplaced = _misplaced(model, stored)
+        if misplaced:
+            raise _another_model(folder, base, model, misplaced)
+        wrapped = PeftModel.from_pretrained(model, folder)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"--adapter {folder}: corrupt {_WEIGHTS} ({error})") from None
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:  # all that PEFT raises for what does not fit
+        raise _another_model(folder, base, model, " ".join(str(error).split())[:300]) from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(wrapped).items()}
+    for name in sorted(wanted.keys() ^ stored.keys()):
+        where = "missing in the adapter" if name in wanted else "without a place in the model"
+        raise _another_model(folder, base, model, f"{name} is {where}")
+    return wrapped
+
+
+def check_adapter_folder(folder: Path) -> str:
+    """Return the name of the model that the adapter in ``folder`` was made for.
+
+    Raises:
+        UserError: the folder holds no PEFT adapter, or its configuration cannot be read.
+    """
+    missing = [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"--adapter {folder}: expected a PEFT adapter folder, missing {', '.join(missing)}")
+    try:
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"--adapter {folder}: {_CONFIG} is not valid JSON") from None
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise UserError(f"--adapter {folder}: {_CONFIG} is not a PEFT configuration (no 'peft_type')")
+    return str(config.get("base_model_name_or_path") or "an unnamed model")
+
+
+def _misplaced(model: nn.Module, stored: dict[str, tuple[int, ...]]) -> str | None:
+    """Return one clause about the first LoRA matrix whose module is absent or of another width, None if all fit."""
+    modules = dict(model.named_modules())
+    for name, shape in stored.items():
+        path, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+        module = modules.get(path)
+        if part and module is None:
+            return f"it adapts {path}, which this model does not have"
+        if not isinstance(module, nn.Linear) or part not in ("A.weight", "B.weight"):
+            continue
+        axis, expected = (1, module.in_features) if part == "A.weight" else (0, module.out_features)
+        if shape[axis] != expected:
+            side = "input" if axis == 1 else "output"
+            return f"{path} has {side} width {expected} here, {shape[axis]} in the adapter"
+    return None
+
+
+def _another_model(folder: Path, base: str, model: MambaLM, detail: str) -> UserError:
+    name = model.name_or_path or "the given model"
+    return UserError(f"--adapter {folder}: made for {base}, does not fit {name}: {detail}")
