@@ -52,3 +52,21 @@ def claim_directory(path: Path, kind: str, identity: dict[str, Any], *, resume: 
         raise UserError(f"--out {path}: holds files that are not a mambacus run; choose an empty or new folder")
     path.mkdir(parents=True, exist_ok=True)
     write_json_atomic(marker, mine)
+
+
+def claim_file(path: Path, *, overwrite: bool) -> None:
+    """Make sure that a record and its items can be written to ``path``.
+
+    Raises:
+        UserError: ``path`` is a folder, or it or its items exist and ``overwrite`` is off.
+    """
+    if path.is_dir():
+        raise UserError(f"--out {path}: expected a file, got a folder")
+    for existing in (path, items_path(path)):
+        if existing.exists() and not overwrite:
+            raise UserError(f"--out {existing}: exists already; add --overwrite to replace it or choose another name")
+
+
+def items_path(record: Path) -> Path:
+    """Return the JSONL file with the item-level outputs of a record: beside it, named after it."""
+    return record.with_name(f"{record.stem}.items.jsonl")
