@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from mambacus.models.mamba import MambaLM
+from mambacus.models.signature import other_base
 from mambacus.runtime.errors import UserError
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -33,7 +34,7 @@ def attach_adapter(model: MambaLM, folder: Path) -> Any:
     try:
         with safetensors.safe_open(folder / _WEIGHTS, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 -- no dict
-        misplaced = _misplaced(model, stored)
+        misplaced = _misplaced(model, stored) or other_base(folder, model)
         if misplaced:
             raise _another_model(folder, base, model, misplaced)
         wrapped = PeftModel.from_pretrained(model, folder)
@@ -41,7 +42,8 @@ def attach_adapter(model: MambaLM, folder: Path) -> Any:
         raise UserError(f"--adapter {folder}: corrupt {_WEIGHTS} ({error})") from None
     except (ValueError, RuntimeError, KeyError, TypeError) as error:  # all that PEFT raises for what does not fit
         raise _another_model(folder, base, model, " ".join(str(error).split())[:300]) from None
-    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(wrapped).items()}
+    places = get_peft_model_state_dict(wrapped, save_embedding_layers=False)  # "auto" would ask the hub
+    wanted = {name: tuple(tensor.shape) for name, tensor in places.items()}
     for name in sorted(wanted.keys() ^ stored.keys()):
         where = "missing in the adapter" if name in wanted else "without a place in the model"
         raise _another_model(folder, base, model, f"{name} is {where}")
