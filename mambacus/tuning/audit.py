@@ -1,0 +1,134 @@
+"""Proof that a run trains what it says it trains: no gradient, no movement or no finite number stops it by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mambacus.runtime.errors import UserError
+
+
+class TrainingStoppedError(UserError):
+    """Training was stopped because it would not have done what was asked; the message names the tensor or module."""
+
+
+class GradientAudit(TrainerCallback):
+    """Checks gradients before each update and, over the first two updates, that every trainable tensor takes part.
+
+    At the first update every tensor has a finite gradient that is not zero, except those for which ``quiet_first``
+    holds: with LoRA's B at zero, A has a zero gradient until B has moved. At the second update there is no exception,
+    and after it every tensor has changed. From then on gradients must stay finite. A resumed run is audited anew,
+    without exceptions.
+
+    Args:
+        parameters: the trainable tensors by name.
+        quiet_first: tells by name which tensors start with a zero gradient by construction.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], quiet_first: Callable[[str], bool]) -> None:
+        self.parameters = parameters
+        self.quiet_first = quiet_first
+        self._updates = 0
+        self._before: torch.Tensor | None = None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the gradients that the optimiser is about to use."""
+        self._updates += 1
+        step = state.global_step + 1
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        if len(gradients) < len(self.parameters):
+            missing = [name for name, parameter in self.parameters.items() if parameter.grad is None]
+            raise TrainingStoppedError(f"step {step}: no gradient reaches {_listed(missing)}: it would never train")
+        norms = torch.stack(torch._foreach_norm(gradients)).cpu()
+        if not norms.isfinite().all():
+            broken = [name for name, norm in zip(self.parameters, norms, strict=True) if not norm.isfinite()]
+            raise TrainingStoppedError(
+                f"step {step}: the gradient is not finite in {_listed(broken)}; a lower --lr may help"
+            )
+        if self._updates > 2:
+            return
+        first = state.global_step == 0
+        zero = [
+            name
+            for name, norm in zip(self.parameters, norms, strict=True)
+            if norm == 0 and not (first and self.quiet_first(name))
+        ]
+        if zero:
+            raise TrainingStoppedError(f"step {step}: the gradient is zero in {_listed(zero)}: it would never train")
+        if self._updates == 1:
+            self._before = self._checksums()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the second update, check that every tensor has changed."""
+        if self._updates != 2 or self._before is None:
+            return
+        same = self._checksums() == self._before
+        self._before = None
+        still = [name for name, unchanged in zip(self.parameters, same, strict=True) if unchanged]
+        if still:
+            raise TrainingStoppedError(f"step {state.global_step + 1}: two updates did not change {_listed(still)}")
+
+    def _checksums(self) -> torch.Tensor:
+        """Return one int64 per tensor that changes when any of its bits does (up to collisions); costs no copy."""
+        sums = [parameter.detach().contiguous().view(torch.int32).sum() for parameter in self.parameters.values()]
+        return torch.stack(sums).cpu()
+
+
+def first_bad_module(model: nn.Module, forward: Callable[[], object]) -> str:
+    """Run ``forward`` once more and name the place where the first number that is not finite appears.
+
+    Returns:
+        The name of the module whose output is bad though its inputs were good; or, if a module is handed bad inputs
+        that no module returned, ``"<parent>, before <module>"``.
+    """
+    found: list[str] = []
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not found and _is_bad((args, kwargs)):
+                parent, _, own = name.rpartition(".")
+                found.append(f"{parent or 'the model'}, before {own}")
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and _is_bad(output):
+                found.append(name or "the model")
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(after(name)))
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "no module (a second pass was finite)"
+
+
+def _is_bad(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() and not bool(value.isfinite().all())
+    if isinstance(value, dict):
+        return any(_is_bad(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_is_bad(item) for item in value)
+    return any(_is_bad(item) for item in vars(value).values()) if hasattr(value, "__dataclass_fields__") else False
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

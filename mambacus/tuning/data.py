@@ -1,0 +1,161 @@
+"""From a question-answer source to token arrays; whatever is left out is counted.
+
+A training text is ``qa_prompt(question) + qa_completion(solution, answer)`` and the end-of-text token. Prompt and
+completion are tokenised apart, because that is what a model meets when it is asked: the tokens of the prompt alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambacus.data import wordproblems
+from mambacus.data.problems import MathProblem
+from mambacus.data.prompts import ANSWER_MARK, qa_completion, qa_prompt
+from mambacus.data.sources import load_math
+from mambacus.runtime.errors import UserError
+from mambacus.runtime.records import read_jsonl
+
+IGNORED = -100  # the target of a position that is not trained on; torch's default ignore_index
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """The text a model is given and the text it shall learn to continue it with."""
+
+    prompt: str
+    completion: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One tokenised example.
+
+    Attributes:
+        ids: int32 (length,): prompt, completion and the end-of-text token.
+        trained_from: index in ``ids`` of the first token that is trained on, at least 1: nothing precedes the first.
+    """
+
+    ids: np.ndarray
+    trained_from: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The tokens, int32 (length,), with `IGNORED` where they are not trained on."""
+        labels = self.ids.copy()
+        labels[: self.trained_from] = IGNORED
+        return labels
+
+
+def read_examples(source: str, *, data_dir: Path | None = None, seed: int = 0) -> list[Example]:
+    """Read the training rows of ``source``.
+
+    Args:
+        source: a JSONL file whose rows hold ``question`` and ``answer`` and may hold ``solution``; ``wordproblems:N``
+            (N generated problems); or the name of a math set under ``data_dir``, whose training split is taken
+            (``gsm8k``, or ``gsm8k:1000`` for its first thousand).
+        data_dir: folder of the math sets.
+        seed: seed of the generator.
+
+    Raises:
+        UserError: no such file or set, a broken line (with its number), or no rows at all.
+    """
+    path = Path(source).expanduser()
+    if path.suffix in (".jsonl", ".json") or path.is_file():
+        examples = [_checked_row(row, f"{path}, line {number}") for number, row in read_jsonl(path)]
+    else:
+        examples = _named_set(source, data_dir, seed)
+    if not examples:
+        raise UserError(f"--data {source}: no rows")
+    return examples
+
+
+def _named_set(source: str, data_dir: Path | None, seed: int) -> list[Example]:
+    name, _, limit = source.partition(":")
+    if limit and not (limit.isdecimal() and int(limit) > 0):
+        raise UserError(f"--data {source}: expected a number of rows after the colon, got {limit!r}")
+    if name == "wordproblems" and limit:
+        problems: Sequence[MathProblem] = wordproblems.generate(int(limit), "train", seed)
+    else:
+        problems = load_math(data_dir, name, "train", seed=seed)[: int(limit) if limit else None]
+    return [Example(qa_prompt(p.question), qa_completion(p.solution, p.answer)) for p in problems]
+
+
+def _checked_row(row: dict[str, Any], where: str) -> Example:
+    question = _text(row, "question", where)
+    answer = _text(row, "answer", where)
+    solution = _text(row, "solution", where) if row.get("solution") is not None else None
+    if solution is None and len(answer.split()) > 1:  # the worked answer itself, as in GSM8K's own files
+        return Example(qa_prompt(question), f" {answer}")
+    return Example(qa_prompt(question), qa_completion(solution, answer))
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    if key not in row:
+        raise UserError(
+            f"{where}: missing key {key!r}; a row needs question and answer, got {', '.join(row) or 'no keys'}"
+        )
+    value = row[key]
+    if key == "answer" and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {key}: expected text, got a {type(value).__name__}")
+    if not value.strip():
+        raise UserError(f"{where}: {key} is empty")
+    return value.strip()
+
+
+def encode(
+    examples: list[Example], tokenizer: Any, *, max_length: int, loss: str = "answer"
+) -> tuple[list[Sample], dict[str, Any]]:
+    """Tokenise examples; those longer than ``max_length`` are dropped, because a cut answer teaches not to finish.
+
+    Args:
+        examples: what `read_examples` gave.
+        tokenizer: a Hugging Face tokenizer with an end-of-text token.
+        max_length: tokens of prompt, completion and end-of-text together.
+        loss: ``answer`` trains on the completion only, ``full`` on every token after the first.
+
+    Returns:
+        The samples in the order of their rows, and the counts for the record: ``rows, kept, dropped: {reason: n},
+        truncated, duplicates`` (exact repetitions, kept), ``without_answer_line, tokens, trained_tokens``.
+
+    Raises:
+        UserError: the tokenizer has no end-of-text token, or nothing is left.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise UserError("the model's tokenizer has no end-of-text token; a tuned model could not learn to stop")
+    prompts = _token_ids(tokenizer, [example.prompt for example in examples])
+    completions = _token_ids(tokenizer, [example.completion for example in examples])
+    samples = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if len(prompt) + len(completion) + 1 <= max_length:
+            ids = np.array([*prompt, *completion, eos], dtype=np.int32)
+            samples.append(Sample(ids, trained_from=len(prompt) if loss == "answer" else 1))
+    too_long = len(examples) - len(samples)
+    if not samples:
+        raise UserError(f"--max-length {max_length}: all {len(examples)} rows are longer")
+    counts = {
+        "rows": len(examples),
+        "kept": len(samples),
+        "dropped": {f"longer than {max_length} tokens": too_long} if too_long else {},
+        "truncated": 0,
+        "duplicates": len(examples) - len(set(examples)),
+        "without_answer_line": sum(ANSWER_MARK not in example.completion for example in examples),
+        "tokens": sum(map(len, samples)),
+        "trained_tokens": sum(len(sample) - sample.trained_from for sample in samples),
+    }
+    return samples, counts
+
+
+def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return encoded

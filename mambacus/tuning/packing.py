@@ -1,0 +1,169 @@
+"""Packing: which samples make one optimiser step, which share a row, and the tensors of a row.
+
+A step is a fixed number of samples, whatever their lengths, so the mathematics of a run does not depend on how they are
+packed: rows only decide how few padding tokens are computed. ``seq_idx`` keeps the samples of a row apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mambacus.tuning.data import IGNORED, Sample
+
+PADDING = -1
+Rows = list[list[int]]  # sample indices of each row
+
+
+def pack(lengths: Sequence[int], capacity: int, *, min_rows: int = 1) -> Rows:
+    """Share samples out to rows of nearly equal length, none above ``capacity``.
+
+    The longest sample left goes to the emptiest row; equal rows matter because a batch is padded to its longest.
+    Deterministic. A sample longer than ``capacity`` gets a row of its own, and ``capacity`` 0 gives each its own row.
+
+    Args:
+        lengths: tokens of each sample.
+        capacity: tokens a row may hold.
+        min_rows: make at least this many rows (as far as there are samples).
+
+    Returns:
+        For each row the indices of its samples; longest row first.
+    """
+    if not lengths:
+        return []
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    n_rows = math.ceil(sum(lengths) / capacity) if capacity else len(lengths)
+    n_rows = min(max(n_rows, min_rows), len(lengths))
+    while (rows := _share_out(order, lengths, capacity, n_rows)) is None:
+        n_rows += 1
+    return sorted(rows, key=lambda row: (-sum(lengths[index] for index in row), row[0]))
+
+
+def _share_out(order: Sequence[int], lengths: Sequence[int], capacity: int, n_rows: int) -> Rows | None:
+    """Return the rows, or None if ``n_rows`` of them cannot hold the samples."""
+    rows: Rows = [[] for _ in range(n_rows)]
+    heap = [(0, row) for row in range(n_rows)]
+    for index in order:
+        filled, row = heap[0]
+        if filled and filled + lengths[index] > capacity:
+            return None
+        rows[row].append(index)
+        heapq.heapreplace(heap, (filled + lengths[index], row))
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The micro-batches of a whole run, in order: a function of lengths and settings, so a resumed run meets the same.
+
+    Attributes:
+        micro_batches: the rows (of sample indices) of each.
+        steps: optimiser steps.
+        tokens: real tokens over the run.
+        computed_tokens: tokens including padding.
+    """
+
+    micro_batches: list[Rows]
+    steps: int
+    tokens: int
+    computed_tokens: int
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the computed tokens that are real."""
+        return self.tokens / self.computed_tokens
+
+
+def plan(
+    lengths: Sequence[int],
+    *,
+    epochs: float,
+    max_steps: int = 0,
+    batch_size: int,
+    grad_accum: int,
+    capacity: int,
+    seed: int,
+) -> Plan:
+    """Lay out a run: shuffle each epoch, cut the stream into steps, pack each step, split it into micro-batches.
+
+    The stream of shuffled epochs is cut without regard to their ends: every step but the last has ``batch_size``
+    samples.
+
+    Args:
+        lengths: tokens of each sample.
+        epochs: passes over the samples; may be a fraction.
+        max_steps: number of steps; above 0 it overrides ``epochs``.
+        batch_size: samples in one step.
+        grad_accum: micro-batches that one step is split into; changes memory, not the gradient.
+        capacity: tokens a row may hold; 0 gives every sample its own row.
+        seed: seed of the order.
+    """
+    wanted = max_steps * batch_size if max_steps else max(1, round(epochs * len(lengths)))
+    micro_batches: list[Rows] = []
+    tokens = computed = 0
+    stream = _shuffled(len(lengths), wanted, seed)
+    for start in range(0, wanted, batch_size):
+        chosen = stream[start : start + batch_size].tolist()
+        rows = pack([lengths[index] for index in chosen], capacity, min_rows=grad_accum)
+        for part in _split(rows, grad_accum):
+            part = [[chosen[position] for position in row] for row in part]
+            totals = [sum(lengths[index] for index in row) for row in part]
+            tokens += sum(totals)
+            computed += max(totals) * len(totals)
+            micro_batches.append(part)
+    return Plan(micro_batches, math.ceil(wanted / batch_size), tokens, computed)
+
+
+def _split(rows: Rows, parts: int) -> list[Rows]:
+    """Return ``parts`` runs of neighbouring rows of nearly equal number; fewer where there are fewer rows."""
+    parts = min(parts, len(rows))
+    return [rows[part * len(rows) // parts : (part + 1) * len(rows) // parts] for part in range(parts)]
+
+
+def _shuffled(n: int, wanted: int, seed: int) -> np.ndarray:
+    epochs = [np.random.default_rng([seed, epoch]).permutation(n) for epoch in range(math.ceil(wanted / n))]
+    return np.concatenate(epochs)[:wanted]
+
+
+def collate(rows: Sequence[Sequence[Sample]]) -> dict[str, torch.Tensor]:
+    """Lay packed rows out as tensors.
+
+    Returns:
+        ``input_ids`` and ``labels`` int64, ``seq_idx`` int32, each (rows, tokens of the longest row), right padded.
+        Samples of a row are numbered from 0 in ``seq_idx``; padding is -1 there and has no label. ``labels`` are not
+        shifted: the model does that.
+    """
+    longest = max(sum(map(len, row)) for row in rows)
+    input_ids = np.zeros((len(rows), longest), dtype=np.int64)
+    labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
+    seq_idx = np.full((len(rows), longest), PADDING, dtype=np.int32)
+    for number, row in enumerate(rows):
+        filled = 0
+        for document, sample in enumerate(row):
+            span = slice(filled, filled + len(sample))
+            input_ids[number, span] = sample.ids
+            labels[number, span] = sample.labels
+            seq_idx[number, span] = document
+            filled = span.stop
+    arrays = {"input_ids": input_ids, "labels": labels, "seq_idx": seq_idx}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+class PlannedBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The micro-batches of a `Plan` as a dataset: item i is the i-th micro-batch of the run."""
+
+    def __init__(self, samples: Sequence[Sample], plan: Plan) -> None:
+        self.samples = samples
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return len(self.plan.micro_batches)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        rows = self.plan.micro_batches[index]
+        return collate([[self.samples[sample] for sample in row] for row in rows])

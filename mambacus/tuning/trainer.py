@@ -1,0 +1,401 @@
+"""Fine-tuning on ``transformers.Trainer``'s loop: our loss, optimiser groups, schedule, audit and checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from mambacus.runtime.device import peak_memory_bytes
+from mambacus.runtime.errors import UserError
+from mambacus.tuning.audit import GradientAudit, TrainingStoppedError, first_bad_module
+from mambacus.tuning.checkpoints import newest_checkpoint, read_notes, write_checkpoint
+from mambacus.tuning.packing import PlannedBatches
+
+_WEIGHTS = "trainable.safetensors"
+_HISTORY_POINTS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        folder: receives ``checkpoints/`` and ``tensorboard/``.
+        device: where to train.
+        autocast: torch.bfloat16, or None for plain float32.
+        learning_rate: the peak.
+        weight_decay: AdamW's; never applied to A_log, D, norms and biases.
+        grad_accum: micro-batches of one step.
+        save_every: steps between checkpoints.
+        seed: of dropout (the order of the data is the plan's).
+        warmup: share of the steps in which the rate rises.
+        clip: largest gradient norm.
+    """
+
+    folder: Path
+    device: torch.device
+    autocast: torch.dtype | None
+    learning_rate: float
+    weight_decay: float = 0.01
+    grad_accum: int = 1
+    save_every: int = 100
+    seed: int = 0
+    warmup: float = 0.03
+    clip: float = 1.0
+
+
+def choose_autocast(dtype: str, device: torch.device) -> torch.dtype | None:
+    """Return torch.bfloat16 where it is asked for and the device multiplies it in hardware, else None (float32).
+
+    ``auto`` takes bfloat16 where there is hardware for it. Master weights, gradients and optimiser stay float32.
+
+    Raises:
+        UserError: float16, any other name, or bfloat16 where it would be emulated.
+    """
+    if dtype == "float16":
+        raise UserError(
+            "--dtype float16: refused; gradients of the recurrence and of the step projection leave its range (6e-8 to "
+            "65504) and become 0 or infinite; use bfloat16 or float32"
+        )
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype: expected auto, float32 or bfloat16, got {dtype!r}")
+    able = _has_bfloat16(device)
+    if dtype == "bfloat16" and not able:
+        raise UserError(
+            f"--dtype bfloat16: this {device.type} has no bfloat16 arithmetic and would emulate it; use float32"
+        )
+    return torch.bfloat16 if able and dtype != "float32" else None
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def train(
+    model: nn.Module,
+    data: PlannedBatches,
+    settings: Settings,
+    *,
+    quiet_first: Callable[[str], bool] = lambda name: False,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train the parameters of ``model`` that require a gradient, in place, and return the figures for the record.
+
+    Args:
+        model: a `MambaLM`, or what a method made of it.
+        data: the micro-batches of the whole run.
+        settings: how to train.
+        quiet_first: names of tensors whose gradient is zero at the very first step by construction.
+        resume: continue from the newest whole checkpoint in ``settings.folder``, if there is one.
+
+    Returns:
+        ``{"train": {...}, "history": [...]}`` as docs/architecture.md lists them.
+
+    Raises:
+        TrainingStoppedError: a trainable tensor takes no part, or the loss or a gradient is not finite.
+        UserError: a checkpoint cannot be written or read.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise TypeError(f"{name} is trained in {parameter.dtype}; master weights are float32")
+    checkpoint = newest_checkpoint(settings.folder / "checkpoints") if resume else None
+    earlier = read_notes(checkpoint)["seconds"] if checkpoint else 0.0
+    trainer = MambaTrainer(model, data, settings, quiet_first, earlier)
+    trainer.run(checkpoint)
+    history = [
+        {key: entry[key] for key in ("step", "loss", "learning_rate", "grad_norm") if key in entry}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    seconds = trainer.seconds
+    figures = {
+        "steps": trainer.state.global_step,
+        "tokens": data.plan.tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(data.plan.tokens / seconds, 1),
+        "loss_first": history[0]["loss"],
+        "loss_last": history[-1]["loss"],
+        "peak_memory_bytes": peak_memory_bytes(settings.device),
+        "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
+    }
+    return {"train": figures, "history": history}
+
+
+class Learner(nn.Module):
+    """A model and its loss as one module, which is what the Trainer calls.
+
+    Args:
+        model: the model with its trainable parameters.
+        autocast: dtype of the matrix products, or None.
+    """
+
+    accepts_loss_kwargs = True  # makes the Trainer count the labels over all micro-batches of a step
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        seq_idx: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Return the summed cross entropy of the labelled tokens, in nats, over ``num_items_in_batch``."""
+        with torch.autocast(input_ids.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            output = self.model(
+                input_ids=input_ids,
+                seq_idx=seq_idx,
+                labels=labels,
+                loss_only=True,
+                num_items_in_batch=num_items_in_batch,
+            )
+        loss: torch.Tensor = output.loss
+        return loss
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW's two groups: matrices with decay; A_log, D, norms, biases and every other vector without.
+
+    ``A_log`` is a matrix but holds the logarithm of the decay rates: pulling it to zero would pull every rate to 1.
+    """
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_weight = parameter.ndim >= 2 and not name.endswith("A_log")
+            (decayed if is_weight else spared).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def rate_factor(step: int, *, total: int, warmup: int) -> float:
+    """Return the share of the peak rate at ``step`` (from 0): a linear rise, then half a cosine; 0 only at ``total``.
+
+    Args:
+        step: optimiser steps done.
+        total: optimiser steps of the run.
+        warmup: steps of the rise; the last of them has the peak.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step + 1 - warmup) / (total + 1 - warmup)))
+
+
+class MambaTrainer(Trainer):
+    """The Trainer's loop with our parts in its places."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: PlannedBatches,
+        settings: Settings,
+        quiet_first: Callable[[str], bool],
+        earlier_seconds: float,
+    ) -> None:
+        self.settings = settings
+        self._earlier_seconds = earlier_seconds
+        self._started = 0.0
+        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.trainable = trainable
+        self.learner = Learner(model, settings.autocast)
+        self._checkpoints = settings.folder / "checkpoints"
+        self._staging: Path | None = None
+        super().__init__(
+            model=self.learner,
+            args=_arguments(settings, data.plan.steps),
+            train_dataset=data,
+            data_collator=_only_item,
+            callbacks=[GradientAudit(trainable, quiet_first), Progress(data), _tensorboard(settings.folder)],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train to the end, from ``checkpoint`` if there is one."""
+        self._started = time.perf_counter()
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent training, those before a resumed checkpoint included."""
+        return self._earlier_seconds + time.perf_counter() - self._started
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return AdamW on `parameter_groups`."""
+        if self.optimizer is None:
+            groups = parameter_groups(self.learner if model is None else model, self.settings.weight_decay)
+            self.optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=(0.9, 0.999), fused=True)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Return the schedule of `rate_factor`; unlike the Trainer's own, its first step has a rate above zero."""
+        if self.lr_scheduler is None:
+            warmup = max(1, round(self.settings.warmup * num_training_steps))
+            factor = functools.partial(rate_factor, total=num_training_steps, warmup=warmup)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), factor)
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of a micro-batch over the number of trained tokens of the *whole step*.
+
+        Summed over the micro-batches it is the mean over the step's tokens, so splitting a step keeps its gradient.
+        """
+        if num_items_in_batch is None:
+            raise RuntimeError("the Trainer did not count the trained tokens of this step")
+        loss = model(**inputs, num_items_in_batch=num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run forward and backward; stop before the update if the loss is not finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(loss.item()):
+            batch = self._prepare_inputs(inputs)
+            where = first_bad_module(self.learner.model, lambda: self.learner(**batch))
+            last = newest_checkpoint(self._checkpoints)
+            raise TrainingStoppedError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()}, first seen in {where}; "
+                f"{f'{last} is kept' if last else 'no checkpoint was written yet'}"
+            )
+        return loss
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or self._checkpoints)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Let the Trainer write its files aside, then move them into place in one piece."""
+
+        def save_into(folder: Path) -> None:
+            self._staging = folder
+            super(MambaTrainer, self)._save_checkpoint(model, trial)
+            (written,) = folder.iterdir()
+            for path in written.iterdir():
+                path.rename(folder / path.name)
+            written.rmdir()
+
+        try:
+            write_checkpoint(self._checkpoints, self.state.global_step, {"seconds": self.seconds}, save_into)
+        finally:
+            self._staging = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the trained tensors only: the frozen ones are the base model's."""
+        folder = Path(output_dir or self._checkpoints)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: parameter.detach().contiguous() for name, parameter in self.trainable.items()}
+        save_file(tensors, folder / _WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        tensors = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
+        if tensors.keys() != self.trainable.keys():
+            raise UserError(f"{resume_from_checkpoint}: holds other tensors than this run trains; choose another --out")
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(tensors[name])
+
+
+def _arguments(settings: Settings, steps: int) -> TrainingArguments:
+    if settings.device.type == "cuda" and settings.device.index:
+        raise UserError(
+            f"--device {settings.device}: training takes the first GPU it sees; "
+            f"set CUDA_VISIBLE_DEVICES={settings.device.index}"
+        )
+    arguments = TrainingArguments(
+        output_dir=str(settings.folder / "checkpoints"),
+        use_cpu=settings.device.type == "cpu",
+        max_steps=steps,
+        per_device_train_batch_size=1,  # one item is one micro-batch, laid out by the plan
+        gradient_accumulation_steps=settings.grad_accum,
+        max_grad_norm=settings.clip,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        logging_steps=max(1, steps // _HISTORY_POINTS),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=settings.device.type == "cuda",
+        seed=settings.seed,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # the Trainer would spread one process over all GPUs with DataParallel
+    return arguments
+
+
+def _only_item(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    (item,) = items
+    return item
+
+
+def _tensorboard(folder: Path) -> TrainerCallback:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))
+
+
+class Progress(TrainerCallback):
+    """One line on a terminal: steps, loss, real tokens per second; nothing where the output is a file.
+
+    Args:
+        data: the run's micro-batches, for their tokens.
+    """
+
+    def __init__(self, data: PlannedBatches) -> None:
+        self._tokens_per_step = data.plan.tokens / data.plan.steps
+        self._bar: tqdm[Any] | None = None
+        self._loss = math.nan
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the line."""
+        self._bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="finetune", unit="step", dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance by one step; make the last step appear in the history."""
+        if self._bar is not None:
+            rate = (self._bar.format_dict["rate"] or 0.0) * self._tokens_per_step
+            self._bar.set_postfix_str(f"loss {self._loss:.3f}, {rate:,.0f} tok/s", refresh=False)
+            self._bar.update()
+        control.should_log |= state.global_step >= state.max_steps
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remember the loss."""
+        self._loss = kwargs.get("logs", {}).get("loss", self._loss)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the line."""
+        if self._bar is not None:
+            self._bar.close()
