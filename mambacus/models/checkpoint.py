@@ -248,7 +248,10 @@ def _write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     from safetensors import SafetensorError
 
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask gives; safetensors makes files for the owner alone
         write(temporary)
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

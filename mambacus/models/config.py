@@ -170,7 +170,7 @@ class MambaConfig:
             "intermediate_size": self.d_inner,
             "use_cache": True,
             **{_HF_KEYS[name]: value for name, value in ours.items()},
-            # of initialisation only, yet transformers divides out_proj.weight once more whenever it loads a model with it
+            # It concerns initialisation only, yet transformers divides the loaded out_proj.weight once more where it is set.
             "rescale_prenorm_residual": False,
         }
 

@@ -1,0 +1,114 @@
+"""From logits to the next token: greedy or drawn, row by row, so that no row knows which batch it is in."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mambacus.runtime.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How completions are made.
+
+    Attributes:
+        max_new_tokens: a completion ends after this many tokens.
+        temperature: 0 takes the likeliest token; else logits are divided by it before drawing.
+        top_k: draw from the k likeliest tokens; 0 for all.
+        top_p: draw from the fewest likeliest tokens whose probabilities (after ``top_k``) sum to at least this.
+        min_p: draw from tokens at least this fraction as likely as the likeliest.
+        repetition_penalty: logits of tokens in the prompt or completion are divided by it if positive, else multiplied;
+            the tokens behind a state are not known and not penalised.
+        n: completions for each prompt, forked from one reading of it.
+        stop: strings that end a completion; the text is cut before the first of them.
+        seed: of the draws. A completion depends on it, the prompt's tokens and its number among the n, and on nothing
+            else, so a repeated prompt gets the same completions again.
+        ignore_eos: go on after the end-of-text token (for measurements).
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    n: int = 1
+    stop: Sequence[str] = ()
+    seed: int = 0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        for name, good, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, ">= 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), ">= 0"),
+            ("top_k", self.top_k >= 0, ">= 0 (0 for all)"),
+            ("top_p", 0 < self.top_p <= 1, "> 0 and <= 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "> 0"),
+            ("n", self.n >= 1, ">= 1"),
+            ("stop", all(stop), "non-empty strings"),
+        ):
+            if not good:
+                raise UserError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+
+def generator_for(seed: int, prompt_ids: Sequence[int], sample: int) -> random.Random:
+    """Return the source of randomness of one completion: the ``sample``-th of this prompt under this seed."""
+    prompt = hashlib.sha256(array("q", prompt_ids).tobytes()).hexdigest()
+    return random.Random(f"{seed}/{prompt}/{sample}")
+
+
+def choose_tokens(logits: Tensor, params: SamplingParams, draws: Sequence[float], seen: Tensor | None = None) -> Tensor:
+    """Choose the next token of each row.
+
+    Args:
+        logits: float32 (rows, vocabulary).
+        params: how to choose.
+        draws: one number in [0, 1) for each row; not read when greedy.
+        seen: bool (rows, vocabulary), tokens that ``repetition_penalty`` applies to.
+
+    Returns:
+        Token ids, int64 (rows,).
+
+    Raises:
+        FloatingPointError: a logit is NaN.
+    """
+    if logits.isnan().any():
+        raise FloatingPointError("the model gave NaN logits: its weights or its state hold NaN or infinity")
+    if seen is not None and params.repetition_penalty != 1.0:
+        penalty = params.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if params.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits / params.temperature, dim=-1)
+    order = None
+    if params.top_k or params.top_p < 1 or params.min_p > 0:
+        k = min(params.top_k or logits.shape[-1], logits.shape[-1])
+        probabilities, order = probabilities.topk(k, dim=-1)  # likeliest first
+        probabilities = _truncate(probabilities, params)
+    cumulative = probabilities.double().cumsum(-1)
+    points = torch.tensor(list(draws), dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+    # The first token whose cumulative probability exceeds the point: never one of probability 0.
+    place = torch.searchsorted(cumulative, points, right=True).clamp(max=cumulative.shape[-1] - 1)
+    return (place if order is None else order.gather(-1, place)).squeeze(-1)
+
+
+def _truncate(probabilities: Tensor, params: SamplingParams) -> Tensor:
+    """Set to zero what ``top_p`` and ``min_p`` exclude; ``probabilities`` (rows, k) fall along each row."""
+    shares = probabilities / probabilities.sum(-1, keepdim=True)
+    before = shares.cumsum(-1) - shares  # probability of all likelier tokens
+    excluded = (before >= params.top_p) | (shares < params.min_p * shares[:, :1])
+    excluded[:, 0] = False
+    return probabilities.masked_fill(excluded, 0)
