@@ -170,7 +170,7 @@ class MambaConfig:
             "intermediate_size": self.d_inner,
             "use_cache": True,
             **{_HF_KEYS[name]: value for name, value in ours.items()},
-            # It concerns initialisation only, yet transformers divides the loaded out_proj.weight once more where it is set.
+            # Initialisation only, but where it is set transformers divides the loaded out_proj.weight once more.
             "rescale_prenorm_residual": False,
         }
 
