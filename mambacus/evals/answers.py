@@ -57,7 +57,7 @@ def first_answer(completion: str) -> str:
 
 
 def extract_number(completion: str) -> Extraction:
-    """Return the final number of a completion as written there, for example ``$1,234.50``, ``3 1/2``, ``-3``, ``50%``."""
+    """Return the final number of a completion as written there, such as ``$1,234.50``, ``3 1/2``, ``-3`` or ``50%``."""
     text = first_answer(completion)
     marked = _marked_segment(text)
     if marked is not None:

@@ -1,0 +1,228 @@
+"""Log-likelihoods of continuations, reading a context that several continuations share only once.
+
+The state after the context is forked over its continuations, which are then read from there. A continuation's first
+token is scored by the context's last logits, so a one-token continuation is never read at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mambacus.models import MambaLM, MambaState
+
+Tokens = tuple[int, ...]
+ItemT = TypeVar("ItemT")
+LOGIT_BYTES = 512 * 2**20  # float32 logits held at once; long rows are read in steps that keep to it
+FORKS_PER_ROW = 4  # rows of one pass over continuations, as a multiple of the batch size
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Log-likelihood of a continuation in nats, and whether greedy decoding would have written it."""
+
+    loglikelihood: float
+    is_greedy: bool
+
+
+@dataclasses.dataclass
+class Counts:
+    """What was read.
+
+    Attributes:
+        requests: continuations scored.
+        tokens_naive: tokens of all requests, each read on its own.
+        tokens_read: tokens that were read.
+        tokens_padding: padding beside them.
+        passes: calls of the model.
+    """
+
+    requests: int = 0
+    tokens_naive: int = 0
+    tokens_read: int = 0
+    tokens_padding: int = 0
+    passes: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts with the tokens saved."""
+        return dataclasses.asdict(self) | {"tokens_saved": self.tokens_naive - self.tokens_read}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """Tokens to read, and the tokens that should follow each of the last ``len(targets)`` of them."""
+
+    tokens: Tokens
+    targets: Tokens
+
+    @property
+    def first_scored(self) -> int:
+        return len(self.tokens) - len(self.targets)
+
+
+class Scorer:
+    """Scores (context, continuation) pairs of tokens with one model.
+
+    Args:
+        model: a `MambaLM`, or a ``peft.PeftModel`` around one, in evaluation mode and on its device.
+        batch_size: contexts, or whole requests, of one pass.
+        state_reuse: read a shared context once; off, every request is read whole, for comparison.
+        counts: is added to.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int, state_reuse: bool, counts: Counts) -> None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        if not isinstance(base, MambaLM):
+            raise TypeError(f"Scorer: expected a MambaLM, got a {type(base).__name__}")
+        self.model = model
+        self.device = base.device
+        self._vocabulary = base.config.padded_vocab_size
+        self.batch_size = batch_size
+        self.state_reuse = state_reuse
+        self.counts = counts
+
+    @torch.inference_mode()
+    def score(
+        self, pairs: Sequence[tuple[Tokens, Tokens]], done: Callable[[int], object] = lambda n: None
+    ) -> list[Score]:
+        """Return the score of each pair, in order.
+
+        Args:
+            pairs: context and continuation, at least one token each.
+            done: called with the number of pairs finished since the last call.
+
+        Raises:
+            ValueError: an empty context or continuation.
+        """
+        for context, continuation in pairs:
+            if not context or not continuation:
+                raise ValueError(
+                    f"expected at least one token of context and continuation, got {context, continuation}"
+                )
+        self.counts.requests += len(pairs)
+        self.counts.tokens_naive += sum(len(context) + len(continuation) - 1 for context, continuation in pairs)
+        if not self.state_reuse:
+            return self._score_whole(pairs, done)
+        shared: dict[Tokens, dict[Tokens, int]] = {}  # context -> continuation -> number of requests
+        for context, continuation in pairs:
+            requests = shared.setdefault(context, {})
+            requests[continuation] = requests.get(continuation, 0) + 1
+        lone = [(context, next(iter(requests))) for context, requests in shared.items() if len(requests) == 1]
+        forked = [context for context, requests in shared.items() if len(requests) > 1]
+        found = dict(zip(lone, self._score_whole(lone, lambda n: None), strict=True))
+        done(sum(shared[context][continuation] for context, continuation in lone))
+        for contexts in _batches(sorted(forked, key=len, reverse=True), self.batch_size):
+            pending = [(context, continuation) for context in contexts for continuation in shared[context]]
+            found |= zip(pending, self._score_forked(contexts, pending), strict=True)
+            done(sum(shared[context][continuation] for context, continuation in pending))
+        return [found[pair] for pair in pairs]
+
+    def _score_whole(self, pairs: Sequence[tuple[Tokens, Tokens]], done: Callable[[int], object]) -> list[Score]:
+        """Read each request on its own, long ones first so that a batch holds rows of nearly equal length."""
+        rows = [_Row(context + continuation[:-1], continuation) for context, continuation in pairs]
+        scores: list[Score | None] = [None] * len(rows)
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens), reverse=True)
+        for indices in _batches(order, self.batch_size):
+            for index, score in zip(indices, self._read([rows[index] for index in indices], None), strict=True):
+                scores[index] = score
+            done(len(indices))
+        return [score for score in scores if score is not None]
+
+    def _score_forked(self, contexts: Sequence[Tokens], pairs: Sequence[tuple[Tokens, Tokens]]) -> list[Score]:
+        """Read ``contexts`` (longest first) in one pass, then what follows the first token of each continuation."""
+        position = {context: row for row, context in enumerate(contexts)}
+        owners = [position[context] for context, _ in pairs]
+        logits, state = self._prefill(contexts)  # (contexts, vocabulary)
+        first = torch.tensor([continuation[0] for _, continuation in pairs], device=logits.device)
+        log_probability, is_top = _judge(logits[owners], first)
+        scores = [Score(float(p), bool(top)) for p, top in zip(log_probability.cpu(), is_top.cpu(), strict=True)]
+        longer = [index for index, (_, continuation) in enumerate(pairs) if len(continuation) > 1]
+        longer.sort(key=lambda index: len(pairs[index][1]), reverse=True)
+        for indices in _batches(longer, FORKS_PER_ROW * self.batch_size):
+            rows = [_Row(pairs[index][1][:-1], pairs[index][1][1:]) for index in indices]
+            forks = state.select([owners[index] for index in indices])
+            for index, rest in zip(indices, self._read(rows, forks), strict=True):
+                scores[index] = Score(
+                    scores[index].loglikelihood + rest.loglikelihood, scores[index].is_greedy and rest.is_greedy
+                )
+        return scores
+
+    def _prefill(self, contexts: Sequence[Tokens]) -> tuple[Tensor, MambaState]:
+        """Return the logits after each context, (contexts, vocabulary), and the state there."""
+        input_ids, seq_idx = self._pad(contexts)
+        last = torch.tensor([[len(context) - 1] for context in contexts], device=input_ids.device)
+        out = self.model(input_ids, seq_idx=seq_idx, logits_at=last)
+        self._count(contexts, input_ids)
+        return out.logits[:, 0], out.state
+
+    def _read(self, rows: Sequence[_Row], state: MambaState | None) -> list[Score]:
+        """Score rows (longest first) in one pass, or in steps from state to state where the logits would not fit."""
+        longest = len(rows[0].tokens)
+        fitting = max(1, LOGIT_BYTES // (4 * len(rows) * self._vocabulary))
+        step = longest if max(len(row.targets) for row in rows) <= fitting else fitting
+        totals = torch.zeros(len(rows), dtype=torch.float64)
+        greedy = torch.ones(len(rows), dtype=torch.bool)
+        for begin in range(0, longest, step):
+            live = [row for row in rows if len(row.tokens) > begin]  # the first rows: they are the longest
+            if state is not None and state.batch > len(live):
+                state = state.select(range(len(live)))
+            pieces = [row.tokens[begin : begin + step] for row in live]
+            input_ids, seq_idx = self._pad(pieces)
+            positions, targets, mask = _scored(live, begin, begin + step)
+            out = self.model(input_ids, seq_idx=seq_idx, state=state, logits_at=positions.to(input_ids.device))
+            log_probability, is_top = _judge(out.logits, targets.to(input_ids.device))
+            totals[: len(live)] += log_probability.cpu().double().masked_fill(~mask, 0.0).sum(1)
+            greedy[: len(live)] &= (is_top.cpu() | ~mask).all(1)
+            state = out.state
+            self._count(pieces, input_ids)
+        return [Score(float(total), bool(top)) for total, top in zip(totals, greedy, strict=True)]
+
+    def _pad(self, pieces: Sequence[Tokens]) -> tuple[Tensor, Tensor | None]:
+        """Return input_ids, int64 (rows, longest), padded on the right, and its seq_idx (None without padding)."""
+        longest = max(map(len, pieces))
+        input_ids = torch.tensor([piece + (0,) * (longest - len(piece)) for piece in pieces])
+        if all(len(piece) == longest for piece in pieces):
+            return input_ids.to(self.device), None
+        lengths = torch.tensor([len(piece) for piece in pieces])
+        seq_idx = torch.where(torch.arange(longest) < lengths[:, None], 0, -1).to(torch.int32)
+        return input_ids.to(self.device), seq_idx.to(self.device)
+
+    def _count(self, pieces: Sequence[Tokens], input_ids: Tensor) -> None:
+        read = sum(map(len, pieces))
+        self.counts.tokens_read += read
+        self.counts.tokens_padding += input_ids.numel() - read
+        self.counts.passes += 1
+
+
+def _scored(rows: Sequence[_Row], begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where the rows are scored between the positions ``begin`` and ``end``.
+
+    Returns:
+        Positions counted from ``begin``, target tokens, both int64 (rows, k), and which of them are real, (rows, k).
+    """
+    firsts = [max(begin, row.first_scored) for row in rows]
+    counts = [max(0, min(end, len(row.tokens)) - first) for row, first in zip(rows, firsts, strict=True)]
+    positions = torch.zeros(len(rows), max(counts), dtype=torch.int64)
+    targets = torch.zeros_like(positions)
+    mask = torch.zeros_like(positions, dtype=torch.bool)
+    for index, (row, first, count) in enumerate(zip(rows, firsts, counts, strict=True)):
+        positions[index, :count] = torch.arange(first - begin, first - begin + count)
+        targets[index, :count] = torch.tensor(row.targets[first - row.first_scored :][:count], dtype=torch.int64)
+        mask[index, :count] = True
+    return positions, targets, mask
+
+
+def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of ``targets`` (...) under ``logits`` (..., vocabulary), and which are the likeliest."""
+    logits = logits.float()
+    chosen = logits.gather(-1, targets[..., None]).squeeze(-1)
+    return chosen - logits.logsumexp(-1), logits.argmax(-1) == targets
+
+
+def _batches(items: Sequence[ItemT], size: int) -> Iterator[Sequence[ItemT]]:
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]

@@ -1,0 +1,194 @@
+"""``mambacus evaluate``: score a model on lm-evaluation-harness tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mambacus.runtime.config import opt, parse
+from mambacus.runtime.errors import UserError
+from mambacus.runtime.outputs import claim_file, items_path
+from mambacus.runtime.records import Record, Stopwatch, write_jsonl_atomic, write_record
+
+# Metrics whose document values are log-likelihoods that count once each.
+_PLAIN_LOGLIKELIHOODS = ("perplexity",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of ``mambacus evaluate``."""
+
+    model: str = opt(help="tiny, a model folder, a hub id or random:SIZE; any Hugging Face causal LM", metavar="M")
+    tasks: tuple[str, ...] = opt(help="lm_eval task names, separated by commas", metavar="A,B")
+    out: Path = opt(help="record to write; items go to <stem>.items.jsonl beside it", metavar="FILE.json")
+    adapter: Path | None = opt(None, "folder of a PEFT adapter to attach", metavar="DIR")
+    num_fewshot: int | None = opt(None, "worked examples in the prompt; default: each task's own number", metavar="K")
+    limit: int | None = opt(None, "only the first so many documents of each task", metavar="N")
+    batch_size: int = opt(16, "contexts read in one pass")
+    max_length: int | None = opt(None, "longest input in tokens; default: 2048 for Mamba, the model's own for others")
+    data_dir: Path | None = opt(None, "read documents from the JSONL files in this folder, offline", metavar="DIR")
+    device: str = opt("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = opt("float32", "dtype of the weights: float32, bfloat16 or float16")
+    seed: int = opt(1234, "seed of the choice of worked examples; lm_eval's default is 1234")
+    label: str | None = opt(None, "name of the model in reports; default: from --model and --adapter", metavar="NAME")
+    implementation: str = opt("auto", "auto: ours for Mamba, else transformers", choices=("auto", "mambacus", "hf"))
+    state_reuse: bool = opt(True, "read a context shared by several choices once and fork its state")
+    bootstrap_iters: int = opt(1000, "resamples behind standard errors without a formula; lm_eval's default is 100000")
+    overwrite: bool = opt(False, "replace an existing record")
+
+
+def run(config: Config) -> Record:
+    """Evaluate and write the record and its items.
+
+    Raises:
+        UserError: an existing output, an unknown task or model, missing data, an unknown device or dtype.
+    """
+    _check(config)
+    claim_file(config.out, overwrite=config.overwrite)
+    stopwatch = Stopwatch()
+    from lm_eval import simple_evaluate
+
+    from mambacus.evals.catalogue import load_tasks
+
+    tasks, manager = load_tasks(config.tasks, config.data_dir)
+    model = _model(config)
+    found = simple_evaluate(
+        model=model,
+        tasks=tasks,
+        task_manager=manager,
+        num_fewshot=config.num_fewshot,
+        limit=config.limit,
+        batch_size=config.batch_size,
+        bootstrap_iters=config.bootstrap_iters,
+        random_seed=config.seed,
+        numpy_random_seed=config.seed,
+        torch_random_seed=config.seed,
+        fewshot_random_seed=config.seed,
+    )
+    results = {
+        "tasks": _scores(found),
+        "lm_eval": {key: value for key, value in found.items() if key not in ("samples", "pretty_env_info")},
+        "state_reuse": model.state_reuse_record() if hasattr(model, "state_reuse_record") else {"enabled": False},
+        "fewshot_split": {task.config.task: _fewshot_split(task) for task in tasks if task.config.num_fewshot},
+    }
+    items = items_path(config.out)
+    write_jsonl_atomic(items, _items(found["samples"]))
+    record = stopwatch.record("evaluate", _label(config), config, results, items_file=items.name)
+    write_record(config.out, record)
+    return record
+
+
+def _check(config: Config) -> None:
+    for name, lowest in (
+        ("num_fewshot", 0),
+        ("limit", 1),
+        ("batch_size", 1),
+        ("max_length", 1),
+        ("bootstrap_iters", 0),
+    ):
+        value = getattr(config, name)
+        if value is not None and value < lowest:
+            raise UserError(f"--{name.replace('_', '-')}: expected {lowest} or more, got {value}")
+
+
+def _model(config: Config) -> Any:
+    """Return the lm_eval model: ours for Mamba, lm_eval's own ``hf`` for everything else."""
+    from mambacus.evals.baselines import choose_implementation, load_baseline
+    from mambacus.runtime.device import resolve_device, resolve_dtype
+
+    device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
+    if choose_implementation(config.model, config.implementation) == "hf":
+        from lm_eval.models.huggingface import HFLM
+
+        from mambacus.evals.catalogue import quiet
+
+        model, tokenizer = load_baseline(config.model, device, dtype, config.adapter)
+        with quiet():  # it warns that a loaded model cannot be launched on several GPUs
+            return HFLM(
+                pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, max_length=config.max_length
+            )
+    from mambacus.evals.harness import MAX_LENGTH, MambacusLM
+    from mambacus.models import load
+
+    model, tokenizer = load(config.model, device, dtype, config.adapter, data_dir=config.data_dir)
+    if tokenizer is None:
+        raise UserError(f"model {config.model!r}: no tokenizer; give --data-dir with tokenizer/20B_tokenizer.json")
+    return MambacusLM(
+        model,
+        tokenizer,
+        batch_size=config.batch_size,
+        max_length=config.max_length or MAX_LENGTH,
+        state_reuse=config.state_reuse,
+        seed=config.seed,
+    )
+
+
+def _scores(found: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return ``{task: {metric: {value, stderr, n, higher_is_better}}}``; filters other than the default are named."""
+    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    for task in found["n-samples"]:
+        figures = found["results"][task]
+        scores[task] = {}
+        for key, value in figures.items():
+            metric, _, rule = key.partition(",")
+            if not rule or metric.endswith("_stderr"):
+                continue
+            stderr = figures.get(f"{metric}_stderr,{rule}")
+            scores[task][_metric_name(metric, rule)] = {
+                "value": value,
+                "stderr": None if stderr == "N/A" else stderr,
+                "n": found["n-samples"][task]["effective"],
+                "higher_is_better": found["higher_is_better"][task].get(metric),
+            }
+    return scores
+
+
+def _metric_name(metric: str, rule: str) -> str:
+    return metric if rule == "none" else f"{metric},{rule}"
+
+
+def _items(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return one item per document: its value of every metric, under every filter."""
+    items = []
+    for task, rows in samples.items():
+        documents: dict[int, dict[str, Any]] = {}
+        for row in rows:
+            metrics = documents.setdefault(row["doc_id"], {})
+            for metric in row["metrics"]:
+                value = row[metric]
+                metrics[_metric_name(metric, row["filter"])] = [value, 1] if metric in _PLAIN_LOGLIKELIHOODS else value
+        items += [{"task": task, "doc_id": doc_id, "metrics": metrics} for doc_id, metrics in documents.items()]
+    return items
+
+
+def _fewshot_split(task: Any) -> str | None:
+    """Return the split that a task's worked examples come from, by lm_eval's rule."""
+    config = task.config
+    return config.fewshot_split or config.training_split or config.validation_split or config.test_split
+
+
+def _label(config: Config) -> str:
+    if config.label:
+        return config.label
+    name = Path(config.model).name
+    return f"{name} + {config.adapter.name}" if config.adapter else name
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run ``mambacus evaluate``."""
+    config = parse(Config, argv, "mambacus evaluate", "Score a model on lm-evaluation-harness tasks.")
+    if config.data_dir is not None and (config.model == "tiny" or ":" in config.model or Path(config.model).is_dir()):
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # nothing is to be fetched: let nothing try
+            os.environ.setdefault(name, "1")
+    record = run(config)
+    for task, metrics in record.results["tasks"].items():
+        for metric, score in metrics.items():
+            stderr = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
+            print(f"{task:<18} {metric:<30} {score['value']:>10.4f}{stderr:<10}  n {score['n']}")
+    reuse = record.results["state_reuse"]
+    if reuse["enabled"]:
+        print(f"tokens read: {reuse['tokens_read']}, saved by state reuse: {reuse['tokens_saved']}")
+    print(f"record: {config.out}")
