@@ -140,6 +140,7 @@ def _items(
             {
                 "bench": bench,
                 "id": problem.id,
+                "group": problem.group,
                 "sample": sample,
                 "question": problem.question,
                 "gold": problem.answer,

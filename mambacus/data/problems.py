@@ -26,6 +26,11 @@ class MathProblem:
     options: tuple[str, ...] | None = None
     source: str = ""
 
+    @property
+    def group(self) -> str:
+        """The part of its set that results are also reported for, or an empty string."""
+        return ""
+
     def row(self) -> dict[str, Any]:
         """Return the problem as one JSON line for ``finetune --data``: a dict of its fields."""
         return dataclasses.asdict(self)

@@ -54,6 +54,11 @@ class WordProblem(MathProblem):
     steps: int = 0
     distractors: tuple[int, ...] = ()
 
+    @property
+    def group(self) -> str:
+        """``1 step``, ``2 steps`` ..."""
+        return f"{self.steps} step{'s' if self.steps > 1 else ''}"
+
 
 def by_steps(split: str) -> dict[int, list[Template]]:
     """Return the templates of ``train`` or ``test``, grouped by their number of steps."""
