@@ -1,0 +1,78 @@
+"""``mambacus report RECORD|DIR ... --out report.html``: draw records as one HTML page with tables and plots.
+
+The page needs nothing but itself: no network, no torch, no browser plug-in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from mambacus.runtime.config import opt, parse
+from mambacus.runtime.errors import UserError
+from mambacus.runtime.records import Record, Stopwatch, write_bytes_atomic, write_record
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of ``mambacus report``."""
+
+    records: tuple[str, ...] = opt((), "record files, or folders searched for them", positional=True, metavar="RECORD")
+    out: Path = opt(Path("report.html"), "the HTML page to write; its own record goes beside it", metavar="FILE.html")
+    png: Path | None = opt(None, "folder for the plots as PNG", metavar="DIR")
+    title: str = opt("", "heading (default: the study's title)")
+    pairs: tuple[str, ...] = opt((), "labels compared, as base=tuned (default: found in the records)")
+    overwrite: bool = opt(False, "replace an existing page")
+
+
+def run(config: Config) -> Record:
+    """Draw the page, the PNG files if asked for, and the record of both.
+
+    Returns:
+        A record of kind ``report``: ``results`` holds ``sources`` (files read), ``comparisons`` (every paired
+        comparison on the page), ``page_bytes`` and ``figures`` (PNG files).
+
+    Raises:
+        UserError: a file that is no record, a folder without any, an unknown label, or an existing page without
+            ``overwrite``.
+    """
+    from mambacus.reporting.page import build, render
+    from mambacus.reporting.sources import collect
+
+    watch = Stopwatch()
+    if config.out.exists() and not config.overwrite:
+        raise UserError(f"--out {config.out} exists; choose another name or add --overwrite")
+    if config.out.suffix != ".html":
+        raise UserError(f"--out: expected a name ending in .html, got {str(config.out)!r}")
+    sources = [source for source in collect(config.records) if source.record.kind != "report"]
+    page = build(sources, title=config.title, pairs=config.pairs, root=config.out.parent)
+    html = render(page).encode()
+    write_bytes_atomic(config.out, html)
+    figures: list[Path] = []
+    if config.png is not None:
+        from mambacus.reporting.figures import draw
+
+        figures = draw(page, config.png)
+    results = {
+        "sources": [str(source.path) for source in sources],
+        "comparisons": [
+            dataclasses.asdict(row) | {"verdict": row.verdict} for pair in page.pairs for row in pair.comparisons
+        ],
+        "page_bytes": len(html),
+        "figures": [str(figure) for figure in figures],
+    }
+    record = watch.record("report", page.title, config, results)
+    write_record(config.out.with_suffix(".json"), record)
+    return record
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run from the command line and say what was drawn."""
+    config = parse(Config, argv, "mambacus report", (__doc__ or "").splitlines()[0])
+    record = run(config)
+    results = record.results
+    print(f"{len(results['sources'])} records, {len(results['comparisons'])} paired comparisons")
+    for figure in results["figures"]:
+        print(f"figure: {figure}")
+    print(f"page:   {config.out} ({results['page_bytes'] / 1024:.0f} KiB)")

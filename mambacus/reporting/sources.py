@@ -1,0 +1,101 @@
+"""Finding records: files and folders on the command line -> the records a page is made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mambacus.runtime.errors import UserError
+from mambacus.runtime.records import Record, read_jsonl, read_record
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One record and where it lies.
+
+    Attributes:
+        number: its number on the page, from 1; figures refer to it.
+        path: the JSON file.
+        record: what the file holds.
+        label: the model's name on the page: the study's, where a study made the record, else the record's own.
+        command: the one command that makes the record.
+    """
+
+    number: int
+    path: Path
+    record: Record
+    label: str
+    command: str
+
+    @functools.cached_property
+    def items(self) -> list[dict[str, Any]]:
+        """The item-level outputs beside the record, in file order; empty when the record has none.
+
+        Raises:
+            UserError: the record names an items file that is missing or broken.
+        """
+        if self.record.items_file is None:
+            return []
+        return [row for _, row in read_jsonl(self.path.parent / self.record.items_file)]
+
+
+def collect(paths: Iterable[str | Path]) -> list[Source]:
+    """Read the records named by files and found below folders, each file once, in the order given.
+
+    A folder is searched for ``*.json`` at any depth; JSON files in it that are not records (a model's ``config.json``)
+    are passed over. A file named directly must be a record.
+
+    Raises:
+        UserError: nothing there, a named file is not a record, or a folder holds none.
+    """
+    found: dict[Path, Record] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = [file for file in sorted(path.rglob("*.json")) if _looks_like_record(file)]
+            if not inside:
+                raise UserError(f"{path}: expected records of mambacus commands in this folder, found none")
+            for file in inside:
+                found.setdefault(file.resolve(), read_record(file))
+        else:
+            found.setdefault(path.resolve(), read_record(path))
+    if not found:
+        raise UserError("expected at least one record file or folder, got none")
+    steps = _study_steps(found)
+    return [
+        Source(
+            number,
+            path,
+            record,
+            label=steps.get(path, {}).get("label", record.label),
+            command=steps.get(path, {}).get("command", shlex.join(record.command)),
+        )
+        for number, (path, record) in enumerate(found.items(), start=1)
+    ]
+
+
+def _study_steps(found: dict[Path, Record]) -> dict[Path, dict[str, str]]:
+    """Return record path -> the step that made it, from the study records among ``found``."""
+    return {
+        (path.parent / step["record"]).resolve(): step
+        for path, record in found.items()
+        if record.kind == "study"
+        for step in record.results["steps"]
+    }
+
+
+def of_kind(sources: Iterable[Source], kind: str) -> list[Source]:
+    """Return the sources whose record is of ``kind`` (``evaluate``, ``solve`` ...)."""
+    return [source for source in sources if source.record.kind == kind]
+
+
+def _looks_like_record(path: Path) -> bool:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return isinstance(raw, dict) and {"kind", "schema", "results", "environment"} <= set(raw)

@@ -1,0 +1,393 @@
+"""Tables of the page as plain text cells, so that the page, its CSV export and tests read the same values."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mambacus.reporting.compare import Comparison
+from mambacus.reporting.lineup import Lineup
+from mambacus.reporting.metrics import metric_title, task_info
+from mambacus.reporting.plots import change_text
+from mambacus.reporting.radar import show
+from mambacus.reporting.scores import Scores, number
+from mambacus.reporting.sources import Source, of_kind
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One cell: its text, a smaller second line, and a style (``better``, ``worse``, ``best``, ``code`` ...)."""
+
+    text: str
+    note: str = ""
+    style: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        name: used for the CSV file.
+        columns: headings; a leading ``#`` marks a column of numbers (aligned right, the ``#`` is not shown).
+        rows: cells, one list per row.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers."""
+        return [column.startswith("#") for column in self.columns]
+
+
+def _table(name: str, columns: Sequence[str], rows: Iterable[Iterable[Cell | str]]) -> Table:
+    cells = tuple(tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in row) for row in rows)
+    return Table(name, tuple(columns), cells)
+
+
+def comparison_table(rows: Sequence[Comparison], base: str, tuned: str, scores: Scores) -> Table:
+    """Before and after, one row per metric, with interval, items gained and lost, p-values and verdict."""
+    words = {"better": "better", "worse": "worse", "open": "not shown"}
+    body: list[list[Cell | str]] = []
+    for row in rows:
+        refs = [score.source.number for label in (base, tuned) if (score := scores.get(label, row.key)) is not None]
+        low, high = (change_text(dataclasses.replace(row, change=end)) for end in (row.low, row.high))
+        unit = low.split(" ", 1)[1] if " " in low and not low.startswith("×") else ""
+        changed = "" if row.gained is None else f"+{row.gained} / −{row.lost}"
+        body.append(
+            [
+                Cell(task_info(row.task).title, metric_title(row.metric) + reference(refs)),
+                f"{row.n:,}",
+                show(row.metric, row.before),
+                show(row.metric, row.after),
+                Cell(change_text(row), f"{low.removesuffix(unit).strip()} to {high}"),
+                changed,
+                p_text(row.p),
+                p_text(row.p_adjusted),
+                Cell(words[row.verdict], style=row.verdict),
+            ]
+        )
+    columns = (
+        "Task",
+        "#Items",
+        f"#{base}",
+        f"#{tuned}",
+        "#Change, 95 %",
+        "#Gained / lost",
+        "#p",
+        "#p, Holm",
+        "Verdict",
+    )
+    return _table(f"before-after {tuned}", columns, body)
+
+
+def score_table(scores: Scores, labels: Sequence[str]) -> Table:
+    """Every metric of every task for every model, with intervals; the best of each row is marked."""
+    body: list[list[Cell | str]] = []
+    for key in scores.keys:
+        found = [scores.get(label, key) for label in labels]
+        values = [score.value for score in found if score is not None and math.isfinite(score.value)]
+        if not any(found):
+            continue
+        up = next(score.higher_is_better for score in found if score is not None)
+        best = (max if up else min)(values, default=None) if len(values) > 1 else None
+        cells: list[Cell | str] = [Cell(task_info(key[0]).title, f"{metric_title(key[1])} {'↑' if up else '↓'}")]
+        for score in found:
+            if score is None:
+                cells.append(Cell("–"))
+                continue
+            span = "" if score.low is None else f"{show(key[1], score.low)} to {show(key[1], score.high)}, "
+            style = "best" if best is not None and score.value == best else ""
+            cells.append(
+                Cell(show(key[1], score.value), f"{span}n = {score.n:,}{reference([score.source.number])}", style)
+            )
+        body.append(cells)
+    return _table("all scores", ("Task", *(f"#{label}" for label in labels)), body)
+
+
+def solve_table(sources: Sequence[Source], lineup: Lineup) -> Table:
+    """Accuracy with its Wilson interval and what happened to the answers, per model and bench."""
+    order = {model.label: place for place, model in enumerate(lineup.shown)}
+    rows = [
+        (bench, source, cell)
+        for source in of_kind(sources, "solve")
+        if source.label in order
+        for bench, cell in source.record.results["benches"].items()
+    ]
+    rows.sort(key=lambda row: (row[0], order[row[1].label]))
+    body: list[list[Cell | str]] = [
+        [
+            Cell(task_info(bench).title, f"{source.label}{reference([source.number])}"),
+            f"{cell['n']:,}",
+            f"{cell['correct']:,}",
+            Cell(percent(cell["accuracy"]), f"{percent(cell['wilson95'][0])} to {percent(cell['wilson95'][1])}"),
+            percent(cell["parse_rate"]),
+            percent(cell["truncation_rate"]),
+            percent(cell["eos_rate"]),
+            f"{cell['generated_tokens']:,}",
+            rate(cell["tokens_per_second"]),
+        ]
+        for bench, source, cell in rows
+    ]
+    columns = (
+        "Bench",
+        "#Problems",
+        "#Right",
+        "#Accuracy, 95 %",
+        "#Answer found",
+        "#Cut off",
+        "#Ended itself",
+        "#Tokens",
+        "#Tokens/s",
+    )
+    return _table("solving", columns, body)
+
+
+def speed_table(sources: Sequence[Source]) -> Table:
+    """Bench rows side by side; the ratio is against the slowest measured implementation of the same case."""
+    rows = [(source, row) for source in of_kind(sources, "bench") for row in source.record.results["rows"]]
+    slowest: dict[tuple[Any, ...], float] = {}
+    for source, row in rows:
+        if speed := number(row.get("tokens_per_second")):
+            slowest[_case(source, row)] = min(slowest.get(_case(source, row), math.inf), speed)
+    body: list[list[Cell | str]] = []
+    for source, row in rows:
+        shape = f"{row['batch']} × {row['seqlen']}" + (f" + {row['new_tokens']}" if row.get("new_tokens") else "")
+        model = str(row.get("model", source.label))
+        head: list[Cell | str] = [
+            Cell(str(row["benchmark"]), f"{model}{reference([source.number])}"),
+            str(row["implementation"]),
+            str(row["dtype"]),
+            shape,
+        ]
+        if row.get("error"):
+            body.append([*head, Cell(str(row["error"]), style="error"), "", "", "", ""])
+            continue
+        speed, samples = float(row["tokens_per_second"]), [float(ms) for ms in row["samples_ms"]]
+        spread = f"{min(samples):,.1f} to {max(samples):,.1f}, {len(samples)} runs" if samples else ""
+        ratio = speed / slowest[_case(source, row)]
+        body.append(
+            [
+                *head,
+                Cell(f"{float(row['median_ms']):,.1f} ms", spread),
+                rate(speed),
+                Cell(f"{ratio:.2f} ×", style="best" if ratio > 1 else ""),
+                size(row.get("peak_memory_bytes")),
+                str(row.get("device", "")),
+            ]
+        )
+    columns = (
+        "Benchmark",
+        "Implementation",
+        "dtype",
+        "#Batch × tokens",
+        "#Median",
+        "#Tokens/s",
+        "#Ratio",
+        "#Peak memory",
+        "Device",
+    )
+    return _table("speed", columns, body)
+
+
+def _case(source: Source, row: dict[str, Any]) -> tuple[Any, ...]:
+    keys = ("benchmark", "model", "dtype", "batch", "seqlen", "new_tokens")
+    return (source.number, *(row.get(key) for key in keys))
+
+
+def training_table(sources: Sequence[Source]) -> Table:
+    """What each training run trained, on what, and how fast."""
+    runs = [source for source in sources if source.record.kind in ("finetune", "pretrain")]
+    lines: list[tuple[str, Any]] = [
+        ("Method", lambda r: str(r.config.get("method", "–"))),
+        ("Data", lambda r: str(r.config.get("data", "–"))),
+        ("Trained parameters", lambda r: _trained(r.results.get("parameters", {}))),
+        ("Modules", lambda r: _listed(r.results.get("parameters", {}).get("targets"))),
+        ("Examples kept", lambda r: _kept(r.results.get("data", {}))),
+        ("Dropped", lambda r: _counts(r.results.get("data", {}).get("dropped"))),
+        ("Packing efficiency", lambda r: percent(r.results.get("data", {}).get("packing_efficiency"))),
+        ("Learning rate", lambda r: _peak_rate(r)),
+        ("Steps", lambda r: _count(r.results["train"].get("steps"))),
+        ("Tokens", lambda r: _count(r.results["train"].get("tokens"))),
+        ("Tokens/s", lambda r: rate(r.results["train"].get("tokens_per_second"))),
+        ("Time", lambda r: duration(r.results["train"].get("seconds"))),
+        (
+            "Loss, first → last",
+            lambda r: f"{_loss(r.results['train'].get('loss_first'))} → {_loss(r.results['train'].get('loss_last'))}",
+        ),
+        ("Peak memory", lambda r: size(r.results["train"].get("peak_memory_bytes"))),
+    ]
+    body: list[list[Cell | str]] = [[name, *(read(source.record) for source in runs)] for name, read in lines]
+    return _table("training", ("", *(f"#{s.label}{reference([s.number])}" for s in runs)), body)
+
+
+def merge_table(sources: Sequence[Source]) -> Table:
+    """The gate each merge passed."""
+    body: list[list[Cell | str]] = [
+        [
+            source.label + reference([source.number]),
+            str(gate.get("prompts", "–")),
+            f"{float(gate['max_logit_difference']):.1e}",
+            f"{float(gate['tolerance']):.1e}",
+            "yes" if source.record.results.get("untied") else "no",
+        ]
+        for source in of_kind(sources, "merge")
+        for gate in [source.record.results["gate"]]
+    ]
+    return _table("merge", ("Model", "#Prompts", "#Largest logit difference", "#Allowed", "Head untied"), body)
+
+
+def record_table(sources: Sequence[Source], root: Path) -> Table:
+    """Every record with its file and the command that makes it again."""
+    body: list[list[Cell | str]] = []
+    for source in sources:
+        path = str(source.path.relative_to(root)) if source.path.is_relative_to(root) else str(source.path)
+        body.append(
+            [
+                f"[{source.number}]",
+                Cell(source.record.kind, source.label),
+                Cell(path, style="code"),
+                Cell(source.command, style="code"),
+                source.record.started_at,
+                duration(source.record.seconds),
+            ]
+        )
+    return _table("records", ("", "Record", "File", "Command", "Started (UTC)", "#Time"), body)
+
+
+def environment_table(sources: Sequence[Source]) -> Table:
+    """Machine and versions: one column per distinct environment, with the records made in it."""
+    groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
+    for source in sources:
+        environment = {key: value for key, value in source.record.environment.items() if key != "torch_threads"}
+        groups.setdefault(json.dumps(environment, sort_keys=True), (environment, []))[1].append(source.number)
+    flat = [({**env, **env.get("packages", {})}, numbers) for env, numbers in groups.values()]
+    names = [name for name in dict.fromkeys(key for env, _ in flat for key in env) if name != "packages"]
+    body: list[list[Cell | str]] = [[name, *(_plain(env.get(name)) for env, _ in flat)] for name in names]
+    return _table("environment", ("", *(_numbers(numbers) for _, numbers in flat)), body)
+
+
+def _numbers(numbers: list[int]) -> str:
+    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"[{numbers[0]}–{numbers[-1]}]"
+    return "".join(f"[{number}]" for number in numbers)
+
+
+def reference(numbers: Iterable[int]) -> str:
+    """Return the marks that lead from a figure to its records, for example `` [1][4]``."""
+    return " " + "".join(f"[{number}]" for number in sorted(set(numbers)))
+
+
+def percent(value: Any) -> str:
+    """Return a share in percent with one decimal, or a dash."""
+    found = number(value)
+    return "–" if found is None else f"{100 * found:.1f} %"
+
+
+def rate(value: Any) -> str:
+    """Return tokens per second with about three digits, or a dash."""
+    found = number(value)
+    return "–" if found is None else f"{found:,.1f}" if found < 100 else f"{found:,.0f}"
+
+
+def size(value: Any) -> str:
+    """Return bytes in MiB or GiB, or a dash."""
+    found = number(value)
+    if found is None:
+        return "–"
+    return f"{found / 2**30:.2f} GiB" if found >= 2**30 else f"{found / 2**20:.0f} MiB"
+
+
+def duration(seconds: Any) -> str:
+    """Return seconds in words: ``4.2 s``, ``3 min 05 s``, ``2 h 10 min``; or a dash."""
+    found = number(seconds)
+    if found is None:
+        return "–"
+    if found < 60:
+        return f"{found:.1f} s"
+    minutes = round(found) // 60
+    return f"{minutes} min {round(found) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def p_text(p: float) -> str:
+    """Return a p-value: three decimals down to 0.001, then a power of ten."""
+    if p >= 0.001:
+        return f"{p:.3f}"
+    if p < 1e-300:
+        return "< 10⁻³⁰⁰"
+    digit, _, power = f"{p:.0e}".partition("e")
+    return f"{digit} × 10{str(int(power)).translate(_RAISED)}"
+
+
+def _trained(parameters: dict[str, Any]) -> str:
+    trainable, total = parameters.get("trainable"), parameters.get("total")
+    if not trainable or not total:
+        return _count(total)
+    return f"{trainable:,} of {total:,} ({100 * trainable / total:.2f} %)"
+
+
+def _kept(data: dict[str, Any]) -> str:
+    if "kept" not in data:
+        return "–"
+    text = f"{data['kept']:,} of {data['rows']:,}"
+    return text + (f", {data['truncated']:,} truncated" if data.get("truncated") else "")
+
+
+def _counts(counts: dict[str, int] | None) -> str:
+    return (
+        ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count) or "none"
+        if counts is not None
+        else "–"
+    )
+
+
+def _peak_rate(record: Any) -> str:
+    rates = [
+        rate for row in record.results.get("history", []) if (rate := number(row.get("learning_rate"))) is not None
+    ]
+    return f"{max(rates):.2g} (highest)" if rates else "–"
+
+
+def _count(value: Any) -> str:
+    return "–" if value is None else f"{int(value):,}"
+
+
+def _loss(value: Any) -> str:
+    found = number(value)
+    return "–" if found is None else f"{found:.3f}"
+
+
+def _listed(value: Any) -> str:
+    return "–" if not value else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _plain(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def summary_rows(comparisons: Iterable[dict[str, Any]]) -> list[list[str]]:
+    """Return the comparisons of a report record as rows for a terminal.
+
+    Columns: task, tuned model, before, after, change with interval, adjusted p-value, verdict.
+    """
+    words = {"better": "better", "worse": "worse", "open": "not shown"}
+    fields = {field.name for field in dataclasses.fields(Comparison)}
+    found = []
+    for values in comparisons:
+        row = Comparison(**{key: value for key, value in values.items() if key in fields})
+        low, high = (change_text(dataclasses.replace(row, change=end)) for end in (row.low, row.high))
+        found.append([
+            f"{task_info(row.task).title}, {metric_title(row.metric)}", row.tuned, show(row.metric, row.before),
+            show(row.metric, row.after), f"{change_text(row)}  [{low.split(' ')[0]}, {high.split(' ')[0]}]",
+            p_text(row.p_adjusted), words[row.verdict],
+        ])  # fmt: skip
+    return found

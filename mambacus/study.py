@@ -1,0 +1,188 @@
+"""``mambacus study RECIPE.yaml --out DIR``: baseline, finetune, merge, evaluate, solve, bench, report; stage by stage.
+
+Each step is one call of one command and leaves one record; ``--resume`` skips the steps whose records are there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from mambacus.runtime.config import opt, parse
+from mambacus.runtime.errors import UserError
+from mambacus.runtime.records import Record, Stopwatch, read_record
+
+if TYPE_CHECKING:
+    from mambacus.studies.plan import Plan, Step
+    from mambacus.studies.recipe import Recipe
+
+VERBS = ("finetune", "merge", "evaluate", "solve", "bench")
+PAGE = "report.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Flags of ``mambacus study``."""
+
+    recipe: str = opt(help="a YAML file, or the name of a packaged recipe", positional=True)
+    out: Path | None = opt(None, "folder of the study (default: runs/<recipe's name>)", metavar="DIR")
+    resume: bool = opt(False, "continue: steps whose records are there are skipped")
+    dry_run: bool = opt(False, "print the plan and run nothing")
+    models: tuple[str, ...] = opt((), "labels of the recipe to keep, or other models that stand in for them")
+    limit: int = opt(0, "documents a task, problems a bench, steps a fine-tuning (0: the recipe's)")
+    data_dir: Path | None = opt(None, "local data folder instead of the hub", metavar="DIR")
+    device: str = opt("", "auto, cpu, cuda or cuda:N (default: the recipe's)")
+
+
+def command(verb: str) -> ModuleType:
+    """Return the module of a command."""
+    return importlib.import_module(f"mambacus.{verb}")
+
+
+def prepare(config: Config) -> tuple[Recipe, Plan]:
+    """Read the recipe and lay out its plan; runs nothing and loads no torch.
+
+    Raises:
+        UserError: an unknown recipe, key or model, or a data folder that is not there.
+    """
+    from mambacus.studies.plan import Overrides, make_plan
+    from mambacus.studies.recipe import choose_models, read_recipe
+
+    if config.limit < 0:
+        raise UserError(f"--limit: expected 0 or more, got {config.limit}")
+    if config.data_dir is not None and not config.data_dir.is_dir():
+        raise UserError(f"--data-dir {config.data_dir}: no such folder")
+    recipe, notes = choose_models(read_recipe(config.recipe), config.models)
+    out = config.out or Path("runs") / recipe.name
+    overrides = Overrides(config.limit, config.data_dir, config.device)
+    plan = make_plan(recipe, out, {verb: command(verb).Config for verb in VERBS}, overrides)
+    return recipe, dataclasses.replace(plan, notes=(*notes, *plan.notes))
+
+
+def run(config: Config) -> Record:
+    """Run every step that is not done, then draw the report.
+
+    Returns:
+        The record ``study.json``: ``results`` holds ``title``, ``description``, ``models`` (label, role, base, group),
+        ``steps`` (stage, verb, label, command, record, done) and ``substitutions`` (what differs from the recipe).
+
+    Raises:
+        UserError: a fault of a step, naming the stage and how to go on; or an ``out`` that holds another study.
+    """
+    from mambacus.runtime.outputs import claim_directory
+    from mambacus.studies.progress import is_done, write_ledger
+
+    watch = Stopwatch()
+    recipe, plan = prepare(config)
+    claim_directory(plan.out, "study", {"recipe": recipe.name}, resume=config.resume)
+    done = [is_done(step, plan.out) for step in plan.steps]  # all checked before the first long step
+    ledger = write_ledger(plan, recipe, config, watch)
+    say(*plan.notes)
+    for number, step in enumerate(plan.steps, start=1):
+        place = f"{number}/{len(plan.steps) + 1}"
+        if done[number - 1]:
+            say(f"{place}  {step.name}: done before")
+            continue
+        say(f"\n{place}  {step.name}", style="bold")
+        say(step.command, style="dim")
+        run_step(step)
+        ledger = write_ledger(plan, recipe, config, watch)
+    say(f"\n{len(plan.steps) + 1}/{len(plan.steps) + 1}  report", style="bold")
+    draw_report(plan)
+    return ledger
+
+
+def run_step(step: Step) -> Record:
+    """Run one step.
+
+    Raises:
+        UserError: the user's fault in the step, with the stage and the way on.
+    """
+    from mambacus.studies.progress import prepare as prepare_step
+
+    hint = "what is finished is kept: mend the cause and add --resume"
+    try:
+        record: Record = command(step.verb).run(prepare_step(step))
+    except UserError as error:
+        raise UserError(f"stage {step.name}: {error} ({hint})") from error
+    except Exception as error:
+        error.add_note(f"in stage {step.name}; {hint}")
+        raise
+    return record
+
+
+def draw_report(plan: Plan) -> Record:
+    """Draw the study's page and figures from its records, replacing earlier ones."""
+    from mambacus.studies.progress import LEDGER
+
+    report = command("report")
+    records = [str(plan.out / LEDGER), *(str(step.record) for step in plan.steps)]
+    record: Record = report.run(
+        report.Config(records=tuple(records), out=plan.out / PAGE, png=plan.out / "figures", overwrite=True)
+    )
+    return record
+
+
+def say(*lines: str, style: str = "") -> None:
+    """Print lines, in colour where the terminal has it."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    for line in lines:
+        console.print(line, style=style, markup=False)
+
+
+def print_plan(recipe: Recipe, plan: Plan) -> None:
+    """Print the plan: stages, the commands as one could type them, what is done, and what would be downloaded."""
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    say(f"{recipe.title}: {len(plan.steps) + 1} steps into {plan.out}", style="bold")
+    say(*plan.notes)
+    table = Table("#", "stage", Column("command", overflow="fold"), expand=True)
+    report = f"mambacus report {plan.out} --out {plan.out / PAGE} --png {plan.out / 'figures'}"
+    rows = [(step.stage, step.command, step.record.exists()) for step in plan.steps] + [("report", report, False)]
+    for place, (stage, text, done) in enumerate(rows, start=1):
+        table.add_row(str(place), f"{stage} (done)" if done else stage, Text(text))
+    Console(highlight=False).print(table)
+    hub = [entry for entry in recipe.models if "/" in entry.source and not Path(entry.source).is_dir()]
+    for entry in hub:
+        size = f"{entry.download_gb:.1f} GB" if entry.download_gb else "size not stated"
+        say(f"downloads from the hub unless cached: {entry.source} ({size})")
+    if hub:
+        say(f"downloads in all: {sum(entry.download_gb for entry in hub):.1f} GB of weights")
+    local = any(getattr(step.config, "data_dir", None) is not None for step in plan.steps)
+    if not local and any(step.verb == "evaluate" and set(step.config.tasks) - {"text_sample"} for step in plan.steps):
+        say("task documents come from the hub too; with --data-dir DIR from local files")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run from the command line and print the comparisons."""
+    config = parse(Config, argv, "mambacus study", (__doc__ or "").splitlines()[0])
+    if config.dry_run:
+        print_plan(*prepare(config))
+        return
+    run(config)
+    out = config.out or Path("runs") / Path(config.recipe).stem
+    print_comparisons(out)
+    say(f"page: {out / PAGE}")
+
+
+def print_comparisons(out: Path) -> None:
+    """Print the paired comparisons of a study's report as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mambacus.reporting.tables import summary_rows
+
+    report = read_record((out / PAGE).with_suffix(".json"))
+    table = Table("task", "model", "before", "after", "change, 95 %", "p (Holm)", "verdict")
+    for row in summary_rows(report.results["comparisons"]):
+        table.add_row(*row)
+    if table.row_count:
+        Console(highlight=False).print(table)
