@@ -1,0 +1,106 @@
+"""How a CPU kernel sees tensors of tokens: an address, strides, a dtype, and the document of each token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from numba import njit
+from torch import Tensor
+
+from mambacus.ops.simd import LANES, load, load_bfloat16, load_int, store, store_bfloat16
+
+
+class View(NamedTuple):
+    """Where a kernel finds element (b, t, 0) of a tensor: ``address + b * batch + t * row``, all in bytes.
+
+    An absent tensor has the address 0.
+    """
+
+    address: int
+    batch: int
+    row: int
+    half: int  # 1 for bfloat16, 0 for float32
+
+
+VIEW_FIELDS = 4
+_ABSENT = (0, 0, 0, 0)
+
+
+def view(tensor: Tensor | None) -> tuple[int, int, int, int]:
+    """Return the arguments from which `read_view` makes a `View`; the last dimension must be contiguous.
+
+    A tensor of two dimensions is (batch, channels), one of a single dimension has the same channels in every row.
+    """
+    if tensor is None:
+        return _ABSENT
+    size = tensor.element_size()
+    strides = [stride * size for stride in tensor.stride()[:-1]]
+    batch, row = (strides + [0, 0])[:2]
+    return tensor.data_ptr(), batch, row, int(tensor.dtype == torch.bfloat16)
+
+
+@njit
+def read_view(p, first):  # type: ignore[no-untyped-def]
+    """Return the `View` whose fields are the arguments from ``first`` on."""
+    return View(p[first], p[first + 1], p[first + 2], p[first + 3])
+
+
+@njit
+def read(source, b, t, channel):  # type: ignore[no-untyped-def]
+    """Return the vector at (b, t, channel) as float32."""
+    address = source.address + b * source.batch + t * source.row
+    if source.half:
+        return load_bfloat16(address + 2 * channel)
+    return load(address + 4 * channel)
+
+
+@njit
+def write(target, b, t, channel, value):  # type: ignore[no-untyped-def]
+    """Write a vector to (b, t, channel) in the dtype of the view."""
+    address = target.address + b * target.batch + t * target.row
+    if target.half:
+        store_bfloat16(address + 2 * channel, value)
+    else:
+        store(address + 4 * channel, value)
+
+
+@njit
+def is_padding(seq_idx, token):  # type: ignore[no-untyped-def]
+    """Tell whether the token has a negative document id; ``seq_idx`` is an address, 0 for a single document."""
+    return seq_idx != 0 and load_int(seq_idx + 4 * token) < 0
+
+
+@njit
+def restarts(seq_idx, token, t):  # type: ignore[no-untyped-def]
+    """Tell whether a real token begins another document than the real token before it in its row."""
+    if seq_idx == 0 or t == 0:
+        return False
+    before, now = load_int(seq_idx + 4 * (token - 1)), load_int(seq_idx + 4 * token)
+    return before >= 0 and now >= 0 and before != now
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` as kernels read it: float32 or bfloat16, last dimension contiguous, a multiple of `LANES` long."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        tensor = tensor.float()
+    missing = -tensor.shape[-1] % LANES
+    if missing:
+        return F.pad(tensor, (0, missing))
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def floats(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` as contiguous float32."""
+    return tensor.to(torch.float32).contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Return where the tensor's memory begins, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def document_ids(seq_idx: Tensor | None) -> Tensor | None:
+    """Return ``seq_idx`` as contiguous int32, which is what `is_padding` and `restarts` read."""
+    return None if seq_idx is None else seq_idx.to(torch.int32).contiguous()

@@ -1,0 +1,290 @@
+"""Vectors of `LANES` float32 numbers for numba kernels: loads, stores, arithmetic and the functions Mamba needs.
+
+Numba leaves vectorisation to the optimiser, which gives up on the scan: its arrays may overlap and its inner loop is
+short. Here a vector is a value of its own that maps to one LLVM vector, so a kernel says what runs side by side and
+LLVM only chooses the instructions of the machine. Kernels address memory by plain integers (bytes).
+
+NaN and infinity pass through every function: nothing here allows the optimiser to assume they do not occur.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+LANES = 8  # one AVX register; wider and narrower machines split or join as they see fit
+FLOAT_BYTES = 4
+BFLOAT16_BYTES = 2
+
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_INTS = ir.VectorType(ir.IntType(32), LANES)
+_HALVES = ir.VectorType(ir.IntType(16), LANES)
+
+
+class VectorType(types.Type):
+    """The numba type of `LANES` float32 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(name=f"mambacus_vector{LANES}")
+
+
+vector = VectorType()
+
+
+@register_model(VectorType)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, numba_type: VectorType) -> None:
+        super().__init__(manager, numba_type, _FLOATS)
+
+
+def _constant(value: float, kind: ir.VectorType = _FLOATS) -> ir.Constant:
+    return ir.Constant(kind, [value] * LANES)
+
+
+def _splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
+    empty = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    one = builder.insert_element(empty, scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, empty, ir.Constant(_INTS, [0] * LANES))
+
+
+def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
+    """Call an LLVM intrinsic whose arguments and result are float vectors."""
+    function_type = ir.FunctionType(_FLOATS, [_FLOATS] * len(args))
+    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.{name}.v{LANES}f32")
+    return builder.call(function, args)
+
+
+def _define_operator(function: Any, instruction: str) -> None:
+    """Let ``function`` take two vectors, or a vector and a float."""
+
+    @infer_global(function)
+    class _Typing(AbstractTemplate):
+        def generic(self, args: tuple[Any, ...], kws: dict[str, Any]) -> Any:
+            if len(args) == 2 and vector in args and all(a == vector or isinstance(a, types.Number) for a in args):
+                return signature(vector, *(a if a == vector else types.float32 for a in args))
+            return None
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: tuple[ir.Value, ...]) -> ir.Value:
+        operands = [a if kind == vector else _splat(builder, a) for a, kind in zip(args, sig.args, strict=True)]
+        return getattr(builder, instruction)(*operands, flags=("contract",))  # contract: a * b + c becomes one fma
+
+    for kinds in ((vector, vector), (vector, types.float32), (types.float32, vector)):
+        lower_builtin(function, *kinds)(lower)
+
+
+for _function, _instruction in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
+    _define_operator(_function, _instruction)
+for _function, _instruction in ((operator.iadd, "fadd"), (operator.isub, "fsub"), (operator.imul, "fmul")):
+    _define_operator(_function, _instruction)
+
+
+@intrinsic
+def splat(typing_context: Any, value: Any) -> Any:
+    """Return a vector with ``value`` in every lane."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return _splat(builder, context.cast(builder, args[0], sig.args[0], types.float32))
+
+    return vector(value), generate
+
+
+@intrinsic
+def load_float(typing_context: Any, address: Any) -> Any:
+    """Read one float32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.load(builder.inttoptr(args[0], ir.FloatType().as_pointer()), align=FLOAT_BYTES)
+
+    return types.float32(types.int64), generate
+
+
+@intrinsic
+def load_int(typing_context: Any, address: Any) -> Any:
+    """Read one int32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.load(builder.inttoptr(args[0], ir.IntType(32).as_pointer()), align=4)
+
+    return types.int32(types.int64), generate
+
+
+@intrinsic
+def store_float(typing_context: Any, address: Any, value: Any) -> Any:
+    """Write one float32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        builder.store(args[1], builder.inttoptr(args[0], ir.FloatType().as_pointer()), align=FLOAT_BYTES)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), generate
+
+
+@intrinsic
+def load(typing_context: Any, address: Any) -> Any:
+    """Read a vector of float32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.load(builder.inttoptr(args[0], _FLOATS.as_pointer()), align=FLOAT_BYTES)
+
+    return vector(types.int64), generate
+
+
+@intrinsic
+def store(typing_context: Any, address: Any, value: Any) -> Any:
+    """Write a vector of float32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        builder.store(args[1], builder.inttoptr(args[0], _FLOATS.as_pointer()), align=FLOAT_BYTES)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, vector), generate
+
+
+@intrinsic
+def load_bfloat16(typing_context: Any, address: Any) -> Any:
+    """Read a vector of bfloat16, the upper halves of float32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        halves = builder.load(builder.inttoptr(args[0], _HALVES.as_pointer()), align=BFLOAT16_BYTES)
+        return builder.bitcast(builder.shl(builder.zext(halves, _INTS), _constant(16, _INTS)), _FLOATS)
+
+    return vector(types.int64), generate
+
+
+@intrinsic
+def store_bfloat16(typing_context: Any, address: Any, value: Any) -> Any:
+    """Write a vector as bfloat16, rounded to nearest, ties to even; NaN stays NaN."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        bits = builder.bitcast(args[1], _INTS)
+        odd = builder.and_(builder.lshr(bits, _constant(16, _INTS)), _constant(1, _INTS))
+        rounded = builder.add(builder.add(bits, _constant(0x7FFF, _INTS)), odd)
+        quiet_nan = builder.or_(bits, _constant(0x400000, _INTS))
+        is_nan = builder.fcmp_unordered("uno", args[1], args[1])
+        upper = builder.lshr(builder.select(is_nan, quiet_nan, rounded), _constant(16, _INTS))
+        pointer = builder.inttoptr(args[0], _HALVES.as_pointer())
+        builder.store(builder.trunc(upper, _HALVES), pointer, align=BFLOAT16_BYTES)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, vector), generate
+
+
+@intrinsic
+def total(typing_context: Any, value: Any) -> Any:
+    """Return the sum of the lanes as a float32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        function_type = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS])
+        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+        function = cgutils.get_or_insert_function(builder.module, function_type, name)
+        zero = ir.Constant(ir.FloatType(), -0.0)
+        return builder.call(function, [zero, args[0]], fastmath=("reassoc",))  # a fixed tree, not lane after lane
+
+    return types.float32(vector), generate
+
+
+@intrinsic
+def clamp(typing_context: Any, value: Any, lowest: Any, highest: Any) -> Any:
+    """Return ``value`` limited to [lowest, highest]; NaN stays NaN."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        value, lowest, highest = args[0], _splat(builder, args[1]), _splat(builder, args[2])
+        value = builder.select(builder.fcmp_ordered(">", lowest, value), lowest, value)
+        return builder.select(builder.fcmp_ordered("<", highest, value), highest, value)
+
+    return vector(vector, types.float32, types.float32), generate
+
+
+@intrinsic
+def absolute(typing_context: Any, value: Any) -> Any:
+    """Return |value|."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return _call(builder, "fabs", args[0])
+
+    return vector(vector), generate
+
+
+@intrinsic
+def where_negative(typing_context: Any, condition: Any, yes: Any, no: Any) -> Any:
+    """Return ``yes`` where ``condition`` < 0, else ``no``."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.select(builder.fcmp_ordered("<", args[0], _constant(0.0)), args[1], args[2])
+
+    return vector(vector, vector, vector), generate
+
+
+@intrinsic
+def _nearest(typing_context: Any, value: Any) -> Any:
+    """Return ``value`` rounded to an integer, ties to even."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return _call(builder, "rint", args[0])
+
+    return vector(vector), generate
+
+
+@intrinsic
+def _scale(typing_context: Any, value: Any, exponent: Any) -> Any:
+    """Return ``value * 2**exponent`` for whole exponents that keep ``value`` a normal number."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        shift = builder.shl(builder.fptosi(args[1], _INTS), _constant(23, _INTS))
+        return builder.bitcast(builder.add(builder.bitcast(args[0], _INTS), shift), _FLOATS)
+
+    return vector(vector, vector), generate
+
+
+LOG2_E = np.float32(1.4426950408889634)
+_LN_2_HIGH, _LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+# Near-minimax polynomial of 2**r on [-1/2, 1/2], relative error 2e-7 in float32 arithmetic.
+_P0, _P1, _P2 = np.float32(1.0), np.float32(0.693147180), np.float32(0.240226507)
+_P3, _P4, _P5 = np.float32(0.0555041087), np.float32(0.00961812911), np.float32(0.00133335581)
+
+
+@njit
+def exp2(value):  # type: ignore[no-untyped-def]
+    """Return 2**value, limited to [2**-126, 2**127)."""
+    value = clamp(value, np.float32(-126.0), np.float32(126.99))
+    whole = _nearest(value)
+    r = value - whole
+    return _scale(((((r * _P5 + _P4) * r + _P3) * r + _P2) * r + _P1) * r + _P0, whole)
+
+
+@njit
+def exp(value):  # type: ignore[no-untyped-def]
+    """Return e**value, limited as `exp2`; the reduction in two parts keeps the error below 3e-7 for every value."""
+    return exp2(value * LOG2_E)
+
+
+@njit
+def sigmoid(value):  # type: ignore[no-untyped-def]
+    """Return 1 / (1 + exp(-value))."""
+    return splat(1.0) / (exp(splat(0.0) - value) + np.float32(1.0))
+
+
+@njit
+def softplus(value):  # type: ignore[no-untyped-def]
+    """Return log(1 + exp(value)), with small relative error also where the result is tiny."""
+    e = exp(splat(0.0) - absolute(value))
+    # log(1 + e) = 2 atanh(s) with s = e / (2 + e) <= 1/3
+    s = e / (e + np.float32(2.0))
+    q = s * s
+    series = (
+        (((q * np.float32(1 / 13) + np.float32(1 / 11)) * q + np.float32(1 / 9)) * q + np.float32(1 / 7)) * q
+        + np.float32(1 / 5)
+    ) * q + np.float32(1 / 3)
+    return where_negative(value, splat(0.0), value) + s * (q * series + np.float32(1.0)) * np.float32(2.0)

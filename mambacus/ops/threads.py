@@ -1,0 +1,151 @@
+"""Kernels compiled by numba, run on the OpenMP threads that torch already has.
+
+Numba's own ``prange`` starts a second pool of threads, which fights with torch's for the cores between two matrix
+products, depends on a system library that slim images lack, and aborts in a forked child. A `Kernel` is a plain compiled
+function that is told which share of the tasks is its own; torch's OpenMP runtime calls it once on every thread.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import cfunc, config, types
+from numba.extending import intrinsic
+
+_SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
+_COMPILING = threading.Lock()
+
+
+class Kernel:
+    """A function ``f(p, thread, threads)`` compiled at its first call.
+
+    ``p[i]`` is the i-th argument, an integer: a size, a flag or the address of memory. The function does the tasks
+    ``thread, thread + threads, ...`` of a numbering of its own, so that who does a task never changes its result.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+        self._entry: Any = None
+        self._address = 0
+        functools.update_wrapper(self, function)
+
+    def __call__(self, arguments: Sequence[int], threads: int) -> None:
+        """Run on ``threads`` threads and wait; the caller keeps the tensors behind the addresses alive."""
+        if self._entry is None:
+            self._compile()
+        frame = array.array("q", arguments)
+        address = frame.buffer_info()[0]
+        if threads == 1:
+            self._entry(address, 0, 1)
+        elif (start := _openmp()) is not None:
+            team = array.array("q", [self._address, address])
+            start(_team().address, team.buffer_info()[0], threads, 0)
+        else:
+            list(_pool(threads).map(self._entry, [address] * threads, range(threads), [threads] * threads))
+
+    def _compile(self) -> None:
+        with _COMPILING:
+            compiled = _compile(_SIGNATURE, self._function)
+            self._address = compiled.address
+            prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+            self._entry = prototype(compiled.address)
+
+
+def thread_count(tasks: int, nanoseconds: float) -> int:
+    """Return how many threads pay for ``tasks`` tasks that take one thread ``nanoseconds`` in all."""
+    return max(1, min(torch.get_num_threads(), tasks, int(nanoseconds // 10_000)))
+
+
+def _compile(signature: Any, function: Callable[..., Any]) -> Any:
+    """Compile ``function`` to machine code, or read it from the cache on disk."""
+    previous, config.CACHE_DIR = config.CACHE_DIR, str(_cache_directory())
+    try:
+        return cfunc(signature, cache=True, error_model="numpy")(function)
+    finally:
+        config.CACHE_DIR = previous
+
+
+@functools.cache
+def _cache_directory() -> Path:
+    """Return a writable folder for compiled kernels, named after the sources they come from.
+
+    Numba alone would look at the kernel's own file only and miss a change in a function that it calls.
+    """
+    here = Path(__file__).parent
+    digest = hashlib.sha256(sys.version.encode())
+    for source in sorted([*here.glob("*.py"), *here.glob("*/cpu.py")]):
+        digest.update(source.read_bytes())
+    home = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    wanted = Path(home) / "mambacus" / f"kernels-{digest.hexdigest()[:12]}"
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=wanted):
+            return wanted
+    except OSError as error:
+        warnings.warn(
+            f"cannot keep compiled kernels in {wanted} ({error.strerror}): every process compiles them anew; "
+            "set NUMBA_CACHE_DIR to a writable folder",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return Path(tempfile.mkdtemp(prefix="mambacus-kernels-"))
+
+
+@functools.cache
+def _openmp() -> Any:
+    """Return ``GOMP_parallel`` of the OpenMP runtime that torch has loaded, or None where it has another kind."""
+    try:
+        start = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows has no handle for the process as a whole
+        return None
+    start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    start.restype = None
+    return start
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Return Python threads for platforms without GNU OpenMP; a kernel runs without the interpreter's lock."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="mambacus-kernel")
+
+
+_thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
+_team_size = types.ExternalFunction("omp_get_num_threads", types.int32())
+
+
+@intrinsic
+def _call(typing_context: Any, entry: Any, frame: Any, thread: Any, threads: Any) -> Any:
+    """Call the kernel at the address ``entry``."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        word = ir.IntType(64)
+        kernel = ir.FunctionType(ir.VoidType(), [word.as_pointer(), word, word])
+        frame_pointer = builder.inttoptr(args[1], word.as_pointer())
+        builder.call(builder.inttoptr(args[0], kernel.as_pointer()), [frame_pointer, *args[2:]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+
+def _run_share(p):  # type: ignore[no-untyped-def]
+    _call(p[0], p[1], types.int64(_thread_number()), types.int64(_team_size()))
+
+
+@functools.cache
+def _team() -> Any:
+    """Return the compiled function that every thread of the team enters."""
+    return _compile(types.void(types.CPointer(types.int64)), _run_share)
