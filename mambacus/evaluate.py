@@ -36,7 +36,7 @@ class Config:
     label: str | None = opt(None, "name of the model in reports; default: from --model and --adapter", metavar="NAME")
     implementation: str = opt("auto", "auto: ours for Mamba, else transformers", choices=("auto", "mambacus", "hf"))
     state_reuse: bool = opt(True, "read a context shared by several choices once and fork its state")
-    bootstrap_iters: int = opt(1000, "resamples behind standard errors without a formula; lm_eval's default is 100000")
+    bootstrap_iters: int = opt(200, "resamples behind the standard errors of mcc and perplexity; lm_eval: 100000")
     overwrite: bool = opt(False, "replace an existing record")
 
 

@@ -58,7 +58,9 @@ def test_prompts_are_those_of_the_installed_definition(name: str, shots: int, sm
     """The installed definition, given documents in the published form, asks the same requests."""
     (ours,), _ = load_tasks([name], small_data)
     definition = load_yaml(INSTALLED / DEFINITIONS[name]) | {"custom_dataset": lambda **_: ours.dataset}
-    missing = {key for key in ("training_split", "validation_split") if definition.get(key) not in {None, *ours.dataset}}
+    missing = {
+        key for key in ("training_split", "validation_split") if definition.get(key) not in {None, *ours.dataset}
+    }
     theirs = ConfigurableTask(config={key: v for key, v in definition.items() if key not in {"tag", *missing}})
     requests = []
     for task in (ours, theirs):
