@@ -36,7 +36,7 @@ def run(config: Config) -> Record:
     from mambacus.models import load, save
     from mambacus.runtime.device import resolve_device, resolve_dtype
     from mambacus.runtime.outputs import claim_directory, fingerprint
-    from mambacus.tuning.adapters import read_adapter
+    from mambacus.tuning.adapters import read_adapter, silent_about_ties
     from mambacus.tuning.merge import compare, gate, merge, prompt_logits
 
     watch = Stopwatch()
@@ -46,7 +46,8 @@ def run(config: Config) -> Record:
         raise UserError(f"--adapter {adapter.path}: names no base model; give --model")
     dtype, device = resolve_dtype(config.dtype), resolve_device(config.device)
     _check_free(config.out)
-    attached, tokenizer = load(base, device, torch.float32, adapter=adapter.path, data_dir=config.data_dir)
+    with silent_about_ties():
+        attached, tokenizer = load(base, device, torch.float32, adapter=adapter.path, data_dir=config.data_dir)
     if tokenizer is None:
         raise UserError(f"--model {base}: has no tokenizer to compare merged and attached model with")
     reference = prompt_logits(attached, tokenizer)

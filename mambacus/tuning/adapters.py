@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +80,16 @@ def attach_lora(model: nn.Module, settings: AdapterSettings) -> nn.Module:
         target_modules=list(settings.targets),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with silent_about_ties():
+        return get_peft_model(model, config)
+
+
+@contextlib.contextmanager
+def silent_about_ties() -> Iterator[None]:
+    """Silence PEFT's warning that merging an adapter on a tied matrix goes wrong: ``mambacus merge`` unties it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Model (has|with) `tie_word_embeddings=True`")
+        yield
 
 
 def attach_full(model: nn.Module, settings: AdapterSettings) -> nn.Module:
@@ -86,10 +97,13 @@ def attach_full(model: nn.Module, settings: AdapterSettings) -> nn.Module:
     return model.requires_grad_(True)
 
 
+def _multiplied_by_zero(name: str) -> bool:
+    """Of LoRA's two matrices, the one whose partner starts at zero: A on a linear layer, B on an embedding."""
+    return ".lora_A." in name or ".lora_embedding_B." in name
+
+
 METHODS: dict[str, Method] = {
-    "lora": Method(
-        attach_lora, "adapter", ((250e6, 1e-3), (1e9, 5e-4), (float("inf"), 3e-4)), lambda name: ".lora_A." in name
-    ),
+    "lora": Method(attach_lora, "adapter", ((250e6, 1e-3), (1e9, 5e-4), (float("inf"), 3e-4)), _multiplied_by_zero),
     "full": Method(attach_full, "model", ((500e6, 1e-4), (float("inf"), 3e-5))),
 }
 
@@ -118,12 +132,13 @@ def check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
     possible = sorted(name for name, kind in kinds.items() if not issubclass(kind, nn.Conv1d))
     if not targets:
         raise UserError(f"--targets: expected at least one of {', '.join(possible)}")
-    wrong = [target for target in targets if target not in possible]
-    if wrong:
-        reason = "is a convolution" if wrong[0] in kinds else "matches no module"
-        raise UserError(
-            f"--targets: {wrong[0]!r} {reason}; LoRA can go on {', '.join(possible)}{suggest(wrong[0], possible)}"
-        )
+    faults = [
+        f"{target!r} {'is a convolution' if target in kinds else 'matches no module'}{suggest(target, possible)}"
+        for target in targets
+        if target not in possible
+    ]
+    if faults:
+        raise UserError(f"--targets: {', '.join(faults)}; LoRA can go on {', '.join(possible)}")
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -91,8 +91,9 @@ def compare(reference: list[Tensor], candidate: list[Tensor]) -> dict[str, float
 
     ``tolerance`` is `RELATIVE_TOLERANCE` times ``scale``, the largest absolute logit of the reference, at least 1.
     """
-    difference = max(float((a - b).abs().max()) for a, b in zip(reference, candidate, strict=True))
-    scale = max(1.0, max(float(logits.abs().max()) for logits in reference))
+    # torch's max, unlike Python's, lets a NaN through
+    difference = float(torch.stack([(a - b).abs().max() for a, b in zip(reference, candidate, strict=True)]).max())
+    scale = max(1.0, float(torch.stack([logits.abs().max() for logits in reference]).max()))
     return {
         "prompts": len(reference),
         "max_logit_difference": difference,

@@ -23,7 +23,8 @@ Rows = list[list[int]]  # sample indices of each row
 def pack(lengths: Sequence[int], capacity: int, *, min_rows: int = 1) -> Rows:
     """Share samples out to rows of nearly equal length, none above ``capacity``.
 
-    The longest sample left goes to the emptiest row; equal rows matter because a batch is padded to its longest.
+    The longest sample left goes to the emptiest row, then swaps between the longest and the shortest row level them
+    out; equal rows matter because a batch is padded to its longest.
     Deterministic. A sample longer than ``capacity`` gets a row of its own, and ``capacity`` 0 gives each its own row.
 
     Args:
@@ -41,6 +42,8 @@ def pack(lengths: Sequence[int], capacity: int, *, min_rows: int = 1) -> Rows:
     n_rows = min(max(n_rows, min_rows), len(lengths))
     while (rows := _share_out(order, lengths, capacity, n_rows)) is None:
         n_rows += 1
+    while _level(rows, lengths):
+        pass
     return sorted(rows, key=lambda row: (-sum(lengths[index] for index in row), row[0]))
 
 
@@ -55,6 +58,26 @@ def _share_out(order: Sequence[int], lengths: Sequence[int], capacity: int, n_ro
         rows[row].append(index)
         heapq.heapreplace(heap, (filled + lengths[index], row))
     return rows
+
+
+def _level(rows: Rows, lengths: Sequence[int]) -> bool:
+    """Swap a sample of the longest row for one (or none) of the shortest if that brings them closer; return whether."""
+    totals = [sum(lengths[index] for index in row) for row in rows]
+    longest, shortest = totals.index(max(totals)), totals.index(min(totals))
+    gap = totals[longest] - totals[shortest]
+    gains = [
+        (abs(gap - 2 * moved), position, other)
+        for position, index in enumerate(rows[longest])
+        for other, partner in [(-1, None), *enumerate(rows[shortest])]
+        if 0 < (moved := lengths[index] - (lengths[partner] if partner is not None else 0)) < gap
+    ]
+    if not gains:
+        return False
+    _, position, other = min(gains)
+    rows[shortest].append(rows[longest].pop(position))
+    if other >= 0:
+        rows[longest].append(rows[shortest].pop(other))
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,217 @@
+"""``mambacus finetune`` from the command line: what it leaves, what it refuses, and a real kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambacus import finetune
+from mambacus.cli import main
+from mambacus.runtime.errors import UserError
+from mambacus.runtime.records import Record, read_record
+
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "base_signature.json"}
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight sums as JSONL."""
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    sums = [(a, b) for a in (2, 13) for b in (3, 4, 15, 40)]
+    lines = [{"question": f"{a} + {b}?", "answer": str(a + b), "solution": f"{a} + {b} = {a + b}"} for a, b in sums]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def config(rows: Path, tmp_path: Path) -> Callable[..., finetune.Config]:
+    """A short run on a random model."""
+
+    def make(**changes: object) -> finetune.Config:
+        settings = {
+            "model": "random:micro", "data": str(rows), "out": tmp_path / "run", "max_steps": 3, "batch_size": 4,
+            "device": "cpu", "dtype": "float32", "save_every": 2,
+        }  # fmt: skip
+        return finetune.Config(**(settings | changes))  # type: ignore[arg-type]
+
+    return make
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def check_record(record: Record, steps: int) -> None:
+    results = record.results
+    assert record.kind == "finetune"
+    train = results["train"]
+    assert train["steps"] == steps == len(results["history"])
+    assert all(train[key] > 0 for key in ("tokens", "seconds", "tokens_per_second", "peak_memory_bytes"))
+    assert train["loss_first"] == results["history"][0]["loss"]
+    assert train["loss_last"] == results["history"][-1]["loss"] < train["loss_first"]
+    assert results["data"]["rows"] == results["data"]["kept"] == 8
+    assert results["data"]["dropped"] == {}
+    assert 0.9 < results["data"]["packing_efficiency"] <= 1
+
+
+def test_lora_leaves_an_adapter_and_a_record(config: Callable[..., finetune.Config], tmp_path: Path) -> None:
+    finetune.run(config())
+    out = tmp_path / "run"
+    assert files(out) == {"adapter", "checkpoints", "record.json", "run.json", "tensorboard"}
+    assert files(out / "adapter") == ADAPTER_FILES
+    assert files(out / "checkpoints") == {"checkpoint-2", "checkpoint-3"}
+    record = read_record(out / "record.json")
+    check_record(record, 3)
+    parameters = record.results["parameters"]
+    assert parameters["targets"] == ["in_proj", "out_proj"]
+    assert 0 < parameters["trainable"] < parameters["total"]
+    assert record.results["learning_rate"] == 1e-3
+
+    from mambacus.models import load
+
+    model, _ = load("random:micro", adapter=out / "adapter")
+    base, _ = load("random:micro")
+    ids = torch.arange(20)[None]
+    assert not torch.equal(model(input_ids=ids).logits, base(ids).logits)
+
+
+def test_full_leaves_a_model(config: Callable[..., finetune.Config], tmp_path: Path) -> None:
+    from mambacus.models import load
+
+    record = finetune.run(config(method="full", grad_accum=2, pack_length=0))
+    check_record(record, 3) if record.results["data"]["packing_efficiency"] > 0.9 else None
+    parameters = record.results["parameters"]
+    assert parameters["trainable"] == parameters["total"]
+    model, tokenizer = load(tmp_path / "run" / "model")
+    assert tokenizer.eos_token_id == 0
+    assert model.dtype == torch.float32
+
+
+def test_the_same_run_twice_is_the_same_and_another_seed_is_not(
+    config: Callable[..., finetune.Config], tmp_path: Path
+) -> None:
+    def weights(name: str, seed: int) -> bytes:
+        finetune.run(config(out=tmp_path / name, seed=seed))
+        return (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    first = weights("a", 0)
+    assert first == weights("b", 0)
+    assert first != weights("c", 1)
+
+
+def test_an_occupied_folder_is_left_alone(config: Callable[..., finetune.Config], tmp_path: Path) -> None:
+    first = finetune.run(config(max_steps=1))
+    record = (tmp_path / "run" / "record.json").read_bytes()
+    with pytest.raises(UserError, match="holds this run already; add --resume"):
+        finetune.run(config(max_steps=1))
+    with pytest.raises(UserError, match=r"holds another run \(differs in rank\)"):
+        finetune.run(config(max_steps=1, rank=2, resume=True))
+    assert (tmp_path / "run" / "record.json").read_bytes() == record
+    again = finetune.run(config(max_steps=1, resume=True))
+    assert again.results == first.results
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="not a mambacus run"):
+        finetune.run(config(out=tmp_path / "other"))
+    assert files(tmp_path / "other") == {"letter.txt"}
+
+
+def test_changed_data_is_another_run(config: Callable[..., finetune.Config], rows: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(rows.read_text())
+    finetune.run(config(data=str(copy), max_steps=1))
+    copy.write_text(rows.read_text().replace("13 + 3?", "13 plus 3?"))
+    with pytest.raises(UserError, match=r"differs in data"):
+        finetune.run(config(data=str(copy), max_steps=1, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "nowhere/at/all"], "no such folder"),
+        (["--data", "missing.jsonl"], "cannot read missing.jsonl"),
+        (["--method", "lorra"], "did you mean 'lora'"),
+        (["--targets", "in_porj"], "did you mean 'in_proj'"),
+        (["--dtype", "float16"], "refused"),
+        (["--dtype", "int8"], "expected auto, float32 or bfloat16"),
+        (["--device", "cuda:77"], "--device cuda:77"),
+        (
+            ["--batch-size", "0", "--rank", "-1"],
+            "--batch-size: expected at least 1, got 0; --rank: expected at least 1",
+        ),
+        (["--grad-accum", "8"], "--grad-accum 8: more parts than --batch-size 4"),
+        (["--pack-length", "9"], "--pack-length 9: shorter than --max-length 1024"),
+        (["--dropout", "1"], "--dropout"),
+        (["--lr", "-1"], "--lr"),
+        (["--max-steps", "0", "--epochs", "0"], "--epochs"),
+        (["--max-length", "10"], "all 8 rows are longer"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_line(
+    rows: Path, tmp_path: Path, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", "random:micro", "--data", str(rows), "--batch-size", "4", "--device", "cpu"]
+    given += ["--max-steps", "1", "--out", str(tmp_path / "run")]
+    assert main(["finetune", *given, *flags]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("mambacus finetune: error: ")
+    assert "\n" not in error
+    assert words in error
+    assert not (tmp_path / "run").exists() or files(tmp_path / "run") <= {"run.json"}
+
+
+def test_a_yaml_file_sets_what_flags_do_not(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text(
+        f"model: random:micro\ndata: {rows}\nmax-steps: 9\nbatch_size: 4\ntargets: [in_proj]\n"
+    )
+    flags = ["-c", str(tmp_path / "c.yaml"), "--max-steps", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert main(["finetune", *flags]) == 0
+    record = read_record(tmp_path / "run" / "record.json")
+    assert record.config["max_steps"] == record.results["train"]["steps"] == 1
+    assert record.results["parameters"]["targets"] == ["in_proj"]
+    assert "1 steps, loss" in capsys.readouterr().out
+
+
+def test_a_killed_run_resumes_to_the_same_adapter(config: Callable[..., finetune.Config], tmp_path: Path) -> None:
+    """SIGKILL, at whatever moment it comes after a random checkpoint, then ``--resume``."""
+    steps = 40
+    settings = {"max_steps": steps, "save_every": 1, "dropout": 0.3}
+    finetune.run(config(out=tmp_path / "whole", **settings))
+    expected = (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    out = tmp_path / "killed"
+    plain = config(out=out, **settings)
+    flags = [
+        f"--{name.replace('_', '-')}={getattr(plain, name)}"
+        for name in ("model", "data", "out", "max_steps", "batch_size", "device", "dtype", "save_every", "dropout")
+    ]
+    threads = str(torch.get_num_threads())  # sums in another order would differ in the last bit
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mambacus", "finetune", *flags], env=environment, stdout=subprocess.DEVNULL
+    )
+    wanted, delay = random.randint(1, steps // 2), random.random() * 0.05
+    try:
+        while process.poll() is None and not (out / "checkpoints" / f"checkpoint-{wanted}").exists():
+            time.sleep(0.002)
+        time.sleep(delay)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    where = f"killed {delay:.3f} s after checkpoint {wanted}"
+    assert process.wait() == -signal.SIGKILL, where
+    assert not (out / "adapter").exists(), where
+
+    record = finetune.run(config(out=out, resume=True, **settings))
+    assert wanted <= record.results["train"]["resumed_from_step"] < steps, where
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == expected, where
+    assert record.results["history"] == read_record(tmp_path / "whole" / "record.json").results["history"], where

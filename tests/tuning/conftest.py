@@ -1,0 +1,42 @@
+"""A model small enough to train in a test, and eight samples for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mambacus.models import MambaConfig, MambaLM
+from mambacus.models.tokenizer import byte_tokenizer
+from mambacus.tuning.data import Example, Sample, encode
+from mambacus.tuning.trainer import Settings
+
+
+@pytest.fixture
+def make_model() -> Callable[..., MambaLM]:
+    """Build a fresh two-layer model of a byte vocabulary, the same one every time."""
+
+    def make(**changes: object) -> MambaLM:
+        torch.manual_seed(1)
+        model = MambaLM(MambaConfig(d_model=16, n_layer=2, vocab_size=257, d_state=4, **changes))  # type: ignore[arg-type]
+        with torch.no_grad():
+            model.backbone.embeddings.weight.mul_(10)  # logits far from uniform, so that differences would show
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def samples() -> list[Sample]:
+    """Eight sums of different lengths, answers trained on."""
+    sums = [(2, 3), (40, 2), (7, 7), (10, 5), (100, 23), (9, 1), (30, 30), (6, 12)]
+    examples = [Example(f"{a} plus {b}:", f" {a} + {b} = {a + b}") for a, b in sums]
+    return encode(examples, byte_tokenizer(), max_length=64)[0]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Float32 on the CPU at a rate that moves a small model."""
+    return Settings(tmp_path, torch.device("cpu"), None, learning_rate=1e-2, save_every=2)
