@@ -200,10 +200,9 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: corrupt, or holds more than tensors, which is not loaded ({reason})") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: corrupt or truncated ({' '.join(str(error).split())})") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:  # a cut zip file can raise any of these
+        reason = f"{type(error).__name__} {error}"
+        raise UserError(f"{path}: corrupt, truncated or unreadable ({' '.join(reason.split())})") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path}: expected a dict of tensors, got something else")
     return tensors

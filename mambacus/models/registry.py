@@ -15,6 +15,7 @@ import torch
 from mambacus.models.adapters import attach_adapter, check_adapter_folder
 from mambacus.models.checkpoint import CONFIG_FILE, load_checkpoint, read_config
 from mambacus.models.config import MambaConfig
+from mambacus.models.hub import hub_folder
 from mambacus.models.mamba import MambaLM
 from mambacus.models.tokenizer import byte_tokenizer, folder_tokenizer, neox_tokenizer, tokenizer_file
 from mambacus.runtime.errors import UserError, suggest
@@ -35,7 +36,7 @@ RANDOM_SIZES = {
     "1.4b": _published(2048, 48),
     "2.8b": _published(2560, 64),
 }
-_SAFETENSORS_FILES = ["*.json", "*.safetensors", "*.model", "merges.txt"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "merges.txt"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -207,20 +208,13 @@ def resolve(name: str | os.PathLike[str], *, weights: bool = True) -> Source:
 
 def _download(hub_id: str, weights: bool) -> Path:
     """Return the local snapshot of a hub model; pickled weights are fetched only where there are no others."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    def fetch(patterns: list[str]) -> Path:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
-
-    try:
-        folder = fetch(_SAFETENSORS_FILES if weights else [p for p in _SAFETENSORS_FILES if p != "*.safetensors"])
-        if weights and not any(folder.glob("*.safetensors")):
-            folder = fetch([*_SAFETENSORS_FILES, "pytorch_model*.bin"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+    small = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"]
+    folder = hub_folder(hub_id, small)
+    if isinstance(folder, Path) and weights and not any(folder.glob("*.safetensors")):
+        folder = hub_folder(hub_id, [*small, "pytorch_model*.bin"])
+    if isinstance(folder, str):
         raise UserError(
-            f"model {hub_id!r}: no such folder, and not to be had from the model hub ({reason})"
+            f"model {hub_id!r}: no such folder, and not to be had from the model hub ({folder})"
             f"{suggest(hub_id, ['tiny', *(f'random:{size}' for size in RANDOM_SIZES)])}"
-        ) from None
+        )
     return folder

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mambacus.models.hub import hub_folder
 from mambacus.runtime.errors import UserError
 
 NEOX_HUB_ID = "EleutherAI/gpt-neox-20b"
@@ -38,15 +39,11 @@ def neox_tokenizer(data_dir: Path | None = None, *, online: bool) -> Any | None:
     Looked for as ``tokenizer/20B_tokenizer.json`` under ``data_dir`` (or ``$MAMBACUS_DATA_DIR``), then in the hub's
     cache on this machine, and, if ``online``, on the hub.
     """
-    from transformers import AutoTokenizer
-
     given = data_dir or os.environ.get("MAMBACUS_DATA_DIR")
     if given and (Path(given) / _NEOX_FILE).is_file():
         return tokenizer_file(Path(given) / _NEOX_FILE)
-    try:
-        return AutoTokenizer.from_pretrained(NEOX_HUB_ID, local_files_only=not online)
-    except OSError:  # transformers' word for "neither cached nor reachable"
-        return None
+    folder = hub_folder(NEOX_HUB_ID, ["tokenizer*.json", "special_tokens_map.json"], online=online)
+    return None if isinstance(folder, str) else folder_tokenizer(folder)
 
 
 def tokenizer_file(path: Path) -> Any:

@@ -1,0 +1,114 @@
+"""Choosing tokens: each filter against its definition and against transformers'."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambacus.inference import SamplingParams
+from mambacus.inference.sampling import choose_tokens, generator_for
+from mambacus.runtime.errors import UserError
+
+
+def logits(rows: int = 3, vocabulary: int = 23, seed: int = 0) -> torch.Tensor:
+    return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+def distribution(row: torch.Tensor, params: SamplingParams, points: int = 20_000) -> torch.Tensor:
+    """Return the probability of each token, by drawing at equally spaced points."""
+    draws = [(i + 0.5) / points for i in range(points)]
+    tokens = choose_tokens(row.expand(points, -1), params, draws)
+    return torch.bincount(tokens, minlength=len(row)) / points
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0.3},
+        {"top_k": 4},
+        {"top_p": 0.7},
+        {"min_p": 0.1},
+        {"top_k": 6, "top_p": 0.8, "min_p": 0.05, "temperature": 1.7},
+        {"top_k": 1000},
+        {"top_p": 1e-6},
+    ],
+)
+def test_the_distribution_is_that_of_transformers(changes: dict) -> None:
+    from transformers.generation import logits_process as theirs
+
+    params = SamplingParams(**{"temperature": 1.0, **changes})
+    row = logits(1)
+    expected = theirs.TemperatureLogitsWarper(params.temperature)(None, row)
+    if params.top_k:
+        expected = theirs.TopKLogitsWarper(params.top_k)(None, expected)
+    if params.top_p < 1:
+        expected = theirs.TopPLogitsWarper(params.top_p)(None, expected)
+    if params.min_p:
+        expected = theirs.MinPLogitsWarper(params.min_p)(None, expected)
+    expected = torch.softmax(expected, -1)[0]
+    got = distribution(row[0], params)
+    assert (got - expected).abs().max() < 2e-4
+    assert (got[expected == 0] == 0).all()  # nothing excluded is ever drawn
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+    scores, ids = logits(2), torch.tensor([[3, 5, 3], [0, 1, 2]])
+    penalised = RepetitionPenaltyLogitsProcessor(1.8)(ids, scores.clone())
+    seen = torch.zeros(2, 23, dtype=torch.bool).scatter_(1, ids, True)
+    params = SamplingParams(repetition_penalty=1.8)
+    assert torch.equal(choose_tokens(scores, params, [], seen), penalised.argmax(-1))
+    likeliest = scores.argmax(-1)
+    only_that = torch.zeros(2, 23, dtype=torch.bool).scatter_(1, likeliest[:, None], True)
+    strong = SamplingParams(repetition_penalty=100.0)
+    assert (choose_tokens(scores, strong, [], only_that) != likeliest).all()
+
+
+def test_greedy_takes_the_likeliest_and_the_first_of_equals() -> None:
+    assert choose_tokens(logits(), SamplingParams(), []).tolist() == logits().argmax(-1).tolist()
+    assert choose_tokens(torch.zeros(2, 5), SamplingParams(), []).tolist() == [0, 0]
+
+
+def test_a_row_draws_the_same_in_any_batch() -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.9)
+    draws = [0.1, 0.5, 0.9]
+    together = choose_tokens(logits(), params, draws).tolist()
+    alone = [choose_tokens(logits()[i : i + 1], params, draws[i : i + 1]).item() for i in range(3)]
+    assert together == alone
+
+
+def test_the_ends_of_the_unit_interval_draw_possible_tokens() -> None:
+    row = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]])
+    params = SamplingParams(temperature=1.0)
+    assert choose_tokens(row, params, [0.0]).item() == 1
+    assert choose_tokens(row, params, [1 - 2**-53]).item() == 3
+
+
+def test_generators_differ_by_seed_prompt_and_sample_only() -> None:
+    first = generator_for(0, [1, 2], 0).random()
+    assert generator_for(0, [1, 2], 0).random() == first
+    others = [generator_for(*args).random() for args in ((1, [1, 2], 0), (0, [1, 3], 0), (0, [1, 2], 1), (0, [12], 0))]
+    assert len({first, *others}) == 5
+
+
+def test_nan_logits_are_an_error() -> None:
+    with pytest.raises(FloatingPointError, match="NaN"):
+        choose_tokens(torch.tensor([[0.0, torch.nan]]), SamplingParams(), [])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0},
+        {"top_p": 1.1}, {"min_p": -0.1}, {"repetition_penalty": 0}, {"n": 0}, {"stop": ["a", ""]},
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_named(wrong: dict) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(wrong))}: expected"):
+        SamplingParams(**wrong)
+
+
+def test_a_single_stop_string_is_one_string() -> None:
+    assert SamplingParams(stop="ab").stop == ("ab",)
