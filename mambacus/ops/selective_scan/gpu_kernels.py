@@ -83,41 +83,34 @@ def sigmoid(x):
     return reciprocal(1.0 + exp2(-x * LOG2_E))
 
 
-@triton.jit
-def pick_row(matrix, row: tl.constexpr, TILE: tl.constexpr):
-    """One row of a (TILE, BLOCK) float32 matrix; in integers, since adding an integer 0 costs nothing."""
-    at = (tl.arange(0, TILE) == row)[:, None]
-    bits = tl.where(at, matrix.to(tl.int32, bitcast=True), 0)
-    return tl.sum(bits, axis=0).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def put_row(matrix, row: tl.constexpr, value, TILE: tl.constexpr):
-    """The (TILE, BLOCK) matrix with one row replaced."""
-    return tl.where((tl.arange(0, TILE) == row)[:, None], value[None, :], matrix)
-
-
-# The two scans are written out row by row: with all tokens of a channel in one thread, choosing a row costs nothing, and
-# what remains is the bare recurrence. Triton's associative_scan compiles to the same code forwards, but backwards it
-# moves every value through the other threads of the warp.
+# The two scans are written out row by row. With all tokens of a channel in one thread, to choose a row costs nothing (it
+# is picked in integers, since the compiler may drop the addition of an integer 0), and what remains is the bare recurrence.
+# Triton's associative_scan gives the same code forwards, but backwards it moves every value through the other threads.
 
 
 @triton.jit
 def scan_states(decay, value, h, TILE: tl.constexpr):
     """States of a tile, ``h = decay_t h + value_t``, and the last one."""
+    decay_bits = decay.to(tl.int32, bitcast=True)
+    value_bits = value.to(tl.int32, bitcast=True)
     for row in tl.static_range(TILE):
-        h = pick_row(decay, row, TILE) * h + pick_row(value, row, TILE)
-        value = put_row(value, row, h, TILE)
+        at = (tl.arange(0, TILE) == row)[:, None]
+        row_decay = tl.sum(tl.where(at, decay_bits, 0), axis=0).to(tl.float32, bitcast=True)
+        h = row_decay * h + tl.sum(tl.where(at, value_bits, 0), axis=0).to(tl.float32, bitcast=True)
+        value = tl.where(at, h[None, :], value)
     return value, h
 
 
 @triton.jit
 def scan_adjoints(decay, into, g, TILE: tl.constexpr):
     """Adjoints of a tile's states, ``into_t += g; g = decay_t into_t`` from the last row up, and what leaves the first."""
+    decay_bits = decay.to(tl.int32, bitcast=True)
+    into_bits = into.to(tl.int32, bitcast=True)
     for back in tl.static_range(TILE):
-        g += pick_row(into, TILE - 1 - back, TILE)
-        into = put_row(into, TILE - 1 - back, g, TILE)
-        g *= pick_row(decay, TILE - 1 - back, TILE)
+        at = (tl.arange(0, TILE) == TILE - 1 - back)[:, None]
+        g += tl.sum(tl.where(at, into_bits, 0), axis=0).to(tl.float32, bitcast=True)
+        into = tl.where(at, g[None, :], into)
+        g *= tl.sum(tl.where(at, decay_bits, 0), axis=0).to(tl.float32, bitcast=True)
     return into, g
 
 
@@ -398,7 +391,7 @@ def scan_backward(
                 sum_A = tl.load(grad_A + n * d_inner + d, mask=d_ok, other=0.0)
                 decay = exp2(step * a[None, :] + shift[:, None])
                 value = drive * b_row[:, None]
-                states, _ = scan_states(decay, value, h, TILE)
+                states, h = scan_states(decay, value, h, TILE)
                 into, g = scan_adjoints(decay, grad * c_row[:, None], g, TILE)
                 tl.store(carry + n * d_inner + d, g, mask=d_ok)
                 # states - value is decay * (state before): the gradient of the exponent needs no shifted tile
