@@ -19,6 +19,8 @@ Tokens = tuple[int, ...]
 ItemT = TypeVar("ItemT")
 LOGIT_BYTES = 512 * 2**20  # float32 logits held at once; long rows are read in steps that keep to it
 FORKS_PER_ROW = 4  # rows of one pass over continuations, as a multiple of the batch size
+# Padding, in tokens, that one pass may hold rather than be split in two: about what a pass costs besides its tokens.
+PADDING_PER_PASS = {"cpu": 64, "cuda": 2048}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Scorer:
         forked = [context for context, requests in shared.items() if len(requests) > 1]
         found = dict(zip(lone, self._score_whole(lone, lambda n: None), strict=True))
         done(sum(shared[context][continuation] for context, continuation in lone))
-        for contexts in _batches(sorted(forked, key=len, reverse=True), self.batch_size):
+        for contexts in self._batches(forked, len, self.batch_size):
             pending = [(context, continuation) for context in contexts for continuation in shared[context]]
             found |= zip(pending, self._score_forked(contexts, pending), strict=True)
             done(sum(shared[context][continuation] for context, continuation in pending))
@@ -125,8 +127,7 @@ class Scorer:
         """Read each request on its own, long ones first so that a batch holds rows of nearly equal length."""
         rows = [_Row(context + continuation[:-1], continuation) for context, continuation in pairs]
         scores: list[Score | None] = [None] * len(rows)
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens), reverse=True)
-        for indices in _batches(order, self.batch_size):
+        for indices in self._batches(range(len(rows)), lambda index: len(rows[index].tokens), self.batch_size):
             for index, score in zip(indices, self._read([rows[index] for index in indices], None), strict=True):
                 scores[index] = score
             done(len(indices))
@@ -141,8 +142,7 @@ class Scorer:
         log_probability, is_top = _judge(logits[owners], first)
         scores = [Score(float(p), bool(top)) for p, top in zip(log_probability.cpu(), is_top.cpu(), strict=True)]
         longer = [index for index, (_, continuation) in enumerate(pairs) if len(continuation) > 1]
-        longer.sort(key=lambda index: len(pairs[index][1]), reverse=True)
-        for indices in _batches(longer, FORKS_PER_ROW * self.batch_size):
+        for indices in self._batches(longer, lambda index: len(pairs[index][1]), FORKS_PER_ROW * self.batch_size):
             rows = [_Row(pairs[index][1][:-1], pairs[index][1][1:]) for index in indices]
             forks = state.select([owners[index] for index in indices])
             for index, rest in zip(indices, self._read(rows, forks), strict=True):
@@ -180,6 +180,21 @@ class Scorer:
             state = out.state
             self._count(pieces, input_ids)
         return [Score(float(total), bool(top)) for total, top in zip(totals, greedy, strict=True)]
+
+    def _batches(self, items: Sequence[ItemT], length: Callable[[ItemT], int], size: int) -> Iterator[list[ItemT]]:
+        """Yield ``items`` longest first, at most ``size`` at once and of lengths near enough that little is padded."""
+        allowed = PADDING_PER_PASS.get(self.device.type, PADDING_PER_PASS["cuda"])
+        batch: list[ItemT] = []
+        padding = 0
+        for item in sorted(items, key=length, reverse=True):
+            missing = length(batch[0]) - length(item) if batch else 0
+            if batch and (len(batch) == size or padding + missing > allowed):
+                yield batch
+                batch, padding, missing = [], 0, 0
+            batch.append(item)
+            padding += missing
+        if batch:
+            yield batch
 
     def _pad(self, pieces: Sequence[Tokens]) -> tuple[Tensor, Tensor | None]:
         """Return input_ids, int64 (rows, longest), padded on the right, and its seq_idx (None without padding)."""
@@ -221,8 +236,3 @@ def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.float()
     chosen = logits.gather(-1, targets[..., None]).squeeze(-1)
     return chosen - logits.logsumexp(-1), logits.argmax(-1) == targets
-
-
-def _batches(items: Sequence[ItemT], size: int) -> Iterator[Sequence[ItemT]]:
-    for begin in range(0, len(items), size):
-        yield items[begin : begin + size]
