@@ -25,7 +25,7 @@ class Config:
 
     model: str = opt(help="tiny, a model folder, a hub id, or random:SIZE")
     data: str = opt(
-        help="JSONL file of question, answer[, solution]; wordproblems:N; or a set under --data-dir (gsm8k)"
+        help="JSONL file of question, answer[, solution]; wordproblems:N; a set under --data-dir (gsm8k); a hub id"
     )
     out: Path = opt(help="folder for adapter or model, record, checkpoints and log", metavar="DIR")
     method: str = opt("lora", "lora or full")

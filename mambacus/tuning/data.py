@@ -7,7 +7,8 @@ completion are tokenised apart, because that is what a model meets when it is as
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def read_examples(source: str, *, data_dir: Path | None = None, seed: int = 0) -
     Args:
         source: a JSONL file whose rows hold ``question`` and ``answer`` and may hold ``solution``; ``wordproblems:N``
             (N generated problems); or the name of a math set under ``data_dir``, whose training split is taken
-            (``gsm8k``, or ``gsm8k:1000`` for its first thousand).
+            (``gsm8k``, or ``gsm8k:1000`` for its first thousand); or the id of a dataset on the hub, ``owner/name``,
+            whose ``train`` split has the columns of the JSONL file.
         data_dir: folder of the math sets.
         seed: seed of the generator.
 
@@ -71,21 +73,43 @@ def read_examples(source: str, *, data_dir: Path | None = None, seed: int = 0) -
     if path.suffix in (".jsonl", ".json") or path.is_file():
         examples = [_checked_row(row, f"{path}, line {number}") for number, row in read_jsonl(path)]
     else:
-        examples = _named_set(source, data_dir, seed)
+        examples = _named_set(*_name_and_limit(source), data_dir, seed)
     if not examples:
         raise UserError(f"--data {source}: no rows")
     return examples
 
 
-def _named_set(source: str, data_dir: Path | None, seed: int) -> list[Example]:
-    name, _, limit = source.partition(":")
-    if limit and not (limit.isdecimal() and int(limit) > 0):
+def _name_and_limit(source: str) -> tuple[str, int | None]:
+    name, colon, limit = source.partition(":")
+    if colon and not (limit.isdecimal() and int(limit) > 0):
         raise UserError(f"--data {source}: expected a number of rows after the colon, got {limit!r}")
+    return name, int(limit) if limit else None
+
+
+def _named_set(name: str, limit: int | None, data_dir: Path | None, seed: int) -> list[Example]:
+    if "/" in name:
+        rows = _hub_rows(name)
+        return [
+            _checked_row(row, f"{name}, row {number}") for number, row in enumerate(itertools.islice(rows, limit), 1)
+        ]
     if name == "wordproblems" and limit:
-        problems: Sequence[MathProblem] = wordproblems.generate(int(limit), "train", seed)
+        problems: Sequence[MathProblem] = wordproblems.generate(limit, "train", seed)
     else:
-        problems = load_math(data_dir, name, "train", seed=seed)[: int(limit) if limit else None]
+        problems = load_math(data_dir, name, "train", seed=seed)[:limit]
     return [Example(qa_prompt(p.question), qa_completion(p.solution, p.answer)) for p in problems]
+
+
+def _hub_rows(name: str) -> Iterable[dict[str, Any]]:
+    """Return the rows of the ``train`` split of a dataset on the hub."""
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, split="train")
+    except (OSError, ValueError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--data {name}: no such file, and not to be had from the hub ({reason})") from None
+    return rows
 
 
 def _checked_row(row: dict[str, Any], where: str) -> Example:

@@ -83,12 +83,37 @@ def test_no_rows_is_an_error(tmp_path: Path, content: str) -> None:
         ("gsm8k", "--data-dir"),
         ("wordproblems:many", "number of rows"),
         ("wordproblems:0", "number of rows"),
+        ("wordproblems:", "number of rows"),
         ("svamp", "no split 'train'"),
     ],
 )
 def test_unknown_sources(source: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         read_examples(source)
+
+
+def test_a_dataset_of_the_hub_gives_its_training_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(name: str, split: str) -> list[dict[str, str]]:
+        assert (name, split) == ("owner/sums", "train")
+        return [ROW, ROW, {"question": "q"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(read_examples("owner/sums:2")) == 2
+    with pytest.raises(UserError, match="owner/sums, row 3: missing key 'answer'"):
+        read_examples("owner/sums")
+
+
+def test_a_dataset_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(name: str, split: str) -> None:
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"--data owner/sums: no such file, and not .* \(no network\)"):
+        read_examples("owner/sums")
 
 
 def test_bytes_that_are_not_text(tmp_path: Path) -> None:
