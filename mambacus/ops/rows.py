@@ -1,15 +1,30 @@
 """How a CPU kernel sees tensors of tokens: an address, strides, a dtype, and the document of each token."""
 
+# mypy: allow-untyped-defs
+# (numba infers the types of compiled functions)
+
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from numba import njit
 from torch import Tensor
 
-from mambacus.ops.simd import LANES, load, load_bfloat16, load_int, store, store_bfloat16
+from mambacus.ops.simd import (
+    LANES,
+    VECTOR,
+    load,
+    load_bfloat16,
+    load_float,
+    load_int,
+    splat,
+    store,
+    store_bfloat16,
+    store_float,
+)
 
 
 class View(NamedTuple):
@@ -37,18 +52,18 @@ def view(tensor: Tensor | None) -> tuple[int, int, int, int]:
         return _ABSENT
     size = tensor.element_size()
     strides = [stride * size for stride in tensor.stride()[:-1]]
-    batch, row = (strides + [0, 0])[:2]
+    batch, row = [*strides, 0, 0][:2]
     return tensor.data_ptr(), batch, row, int(tensor.dtype == torch.bfloat16)
 
 
 @njit
-def read_view(p, first):  # type: ignore[no-untyped-def]
+def read_view(p, first):
     """Return the `View` whose fields are the arguments from ``first`` on."""
     return View(p[first], p[first + 1], p[first + 2], p[first + 3])
 
 
 @njit
-def read(source, b, t, channel):  # type: ignore[no-untyped-def]
+def read(source, b, t, channel):
     """Return the vector at (b, t, channel) as float32."""
     address = source.address + b * source.batch + t * source.row
     if source.half:
@@ -57,7 +72,7 @@ def read(source, b, t, channel):  # type: ignore[no-untyped-def]
 
 
 @njit
-def write(target, b, t, channel, value):  # type: ignore[no-untyped-def]
+def write(target, b, t, channel, value):
     """Write a vector to (b, t, channel) in the dtype of the view."""
     address = target.address + b * target.batch + t * target.row
     if target.half:
@@ -67,13 +82,13 @@ def write(target, b, t, channel, value):  # type: ignore[no-untyped-def]
 
 
 @njit
-def is_padding(seq_idx, token):  # type: ignore[no-untyped-def]
+def is_padding(seq_idx, token):
     """Tell whether the token has a negative document id; ``seq_idx`` is an address, 0 for a single document."""
     return seq_idx != 0 and load_int(seq_idx + 4 * token) < 0
 
 
 @njit
-def restarts(seq_idx, token, t):  # type: ignore[no-untyped-def]
+def restarts(seq_idx, token, t):
     """Tell whether a real token begins another document than the real token before it in its row."""
     if seq_idx == 0 or t == 0:
         return False
@@ -81,8 +96,32 @@ def restarts(seq_idx, token, t):  # type: ignore[no-untyped-def]
     return before >= 0 and now >= 0 and before != now
 
 
+@njit
+def gather(target, source, d_state, factor):
+    """Turn (LANES, d_state) floats into d_state vectors times ``factor``; a source of 0 gives zeros."""
+    for n in range(d_state):
+        for lane in range(LANES):
+            value = np.float32(0.0) if source == 0 else load_float(source + 4 * (lane * d_state + n)) * factor
+            store_float(target + 4 * (n * LANES + lane), value)
+
+
+@njit
+def scatter(target, source, d_state):
+    """Turn d_state vectors into (LANES, d_state) floats."""
+    for n in range(d_state):
+        for lane in range(LANES):
+            store_float(target + 4 * (lane * d_state + n), load_float(source + 4 * (n * LANES + lane)))
+
+
+@njit
+def clear(target, count):
+    """Fill ``count`` vectors with zeros."""
+    for i in range(count):
+        store(target + i * VECTOR, splat(0.0))
+
+
 def readable(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` as kernels read it: float32 or bfloat16, last dimension contiguous, a multiple of `LANES` long."""
+    """Return ``tensor`` as kernels read it: float32 or bfloat16, last dimension contiguous, made of whole vectors."""
     if tensor.dtype not in (torch.float32, torch.bfloat16):
         tensor = tensor.float()
     missing = -tensor.shape[-1] % LANES
@@ -104,3 +143,9 @@ def address(tensor: Tensor | None) -> int:
 def document_ids(seq_idx: Tensor | None) -> Tensor | None:
     """Return ``seq_idx`` as contiguous int32, which is what `is_padding` and `restarts` read."""
     return None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
+
+
+def channel_rows(tensor: Tensor, d_inner: int) -> Tensor:
+    """Return (..., channels, d_state) as contiguous float32 with zeros up to ``d_inner`` channels."""
+    missing = d_inner - tensor.shape[-2]
+    return floats(F.pad(tensor, (0, 0, 0, missing)) if missing else tensor)

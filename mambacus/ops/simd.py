@@ -7,6 +7,9 @@ LLVM only chooses the instructions of the machine. Kernels address memory by pla
 NaN and infinity pass through every function: nothing here allows the optimiser to assume they do not occur.
 """
 
+# mypy: allow-untyped-defs
+# (numba infers the types of compiled functions)
+
 from __future__ import annotations
 
 import operator
@@ -14,14 +17,14 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-LANES = 8  # one AVX register; wider and narrower machines split or join as they see fit
-FLOAT_BYTES = 4
-BFLOAT16_BYTES = 2
+LANES = 16 if get_host_cpu_features().get("avx512f", False) else 8  # one register, or two of a narrower machine
+VECTOR = 4 * LANES  # bytes of a vector of float32
 
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INTS = ir.VectorType(ir.IntType(32), LANES)
@@ -100,12 +103,23 @@ def splat(typing_context: Any, value: Any) -> Any:
     return vector(value), generate
 
 
+@intrinsic(prefer_literal=True)
+def stack(typing_context: Any, count: Any) -> Any:
+    """Return the address of room for ``count`` (a constant) vectors, which lives until the calling function returns."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        room = cgutils.alloca_once(builder, _FLOATS, size=ir.Constant(ir.IntType(64), count.literal_value))
+        return builder.ptrtoint(room, ir.IntType(64))
+
+    return (types.int64(count), generate) if isinstance(count, types.IntegerLiteral) else None
+
+
 @intrinsic
 def load_float(typing_context: Any, address: Any) -> Any:
     """Read one float32."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return builder.load(builder.inttoptr(args[0], ir.FloatType().as_pointer()), align=FLOAT_BYTES)
+        return builder.load(builder.inttoptr(args[0], ir.FloatType().as_pointer()), align=4)
 
     return types.float32(types.int64), generate
 
@@ -125,7 +139,7 @@ def store_float(typing_context: Any, address: Any, value: Any) -> Any:
     """Write one float32."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        builder.store(args[1], builder.inttoptr(args[0], ir.FloatType().as_pointer()), align=FLOAT_BYTES)
+        builder.store(args[1], builder.inttoptr(args[0], ir.FloatType().as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32), generate
@@ -136,7 +150,7 @@ def load(typing_context: Any, address: Any) -> Any:
     """Read a vector of float32."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return builder.load(builder.inttoptr(args[0], _FLOATS.as_pointer()), align=FLOAT_BYTES)
+        return builder.load(builder.inttoptr(args[0], _FLOATS.as_pointer()), align=4)
 
     return vector(types.int64), generate
 
@@ -146,7 +160,7 @@ def store(typing_context: Any, address: Any, value: Any) -> Any:
     """Write a vector of float32."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        builder.store(args[1], builder.inttoptr(args[0], _FLOATS.as_pointer()), align=FLOAT_BYTES)
+        builder.store(args[1], builder.inttoptr(args[0], _FLOATS.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, vector), generate
@@ -157,7 +171,7 @@ def load_bfloat16(typing_context: Any, address: Any) -> Any:
     """Read a vector of bfloat16, the upper halves of float32."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        halves = builder.load(builder.inttoptr(args[0], _HALVES.as_pointer()), align=BFLOAT16_BYTES)
+        halves = builder.load(builder.inttoptr(args[0], _HALVES.as_pointer()), align=2)
         return builder.bitcast(builder.shl(builder.zext(halves, _INTS), _constant(16, _INTS)), _FLOATS)
 
     return vector(types.int64), generate
@@ -175,7 +189,7 @@ def store_bfloat16(typing_context: Any, address: Any, value: Any) -> Any:
         is_nan = builder.fcmp_unordered("uno", args[1], args[1])
         upper = builder.lshr(builder.select(is_nan, quiet_nan, rounded), _constant(16, _INTS))
         pointer = builder.inttoptr(args[0], _HALVES.as_pointer())
-        builder.store(builder.trunc(upper, _HALVES), pointer, align=BFLOAT16_BYTES)
+        builder.store(builder.trunc(upper, _HALVES), pointer, align=2)
         return context.get_dummy_value()
 
     return types.void(types.int64, vector), generate
@@ -256,7 +270,7 @@ _P3, _P4, _P5 = np.float32(0.0555041087), np.float32(0.00961812911), np.float32(
 
 
 @njit
-def exp2(value):  # type: ignore[no-untyped-def]
+def exp2(value):
     """Return 2**value, limited to [2**-126, 2**127)."""
     value = clamp(value, np.float32(-126.0), np.float32(126.99))
     whole = _nearest(value)
@@ -265,19 +279,19 @@ def exp2(value):  # type: ignore[no-untyped-def]
 
 
 @njit
-def exp(value):  # type: ignore[no-untyped-def]
+def exp(value):
     """Return e**value, limited as `exp2`; the reduction in two parts keeps the error below 3e-7 for every value."""
     return exp2(value * LOG2_E)
 
 
 @njit
-def sigmoid(value):  # type: ignore[no-untyped-def]
+def sigmoid(value):
     """Return 1 / (1 + exp(-value))."""
     return splat(1.0) / (exp(splat(0.0) - value) + np.float32(1.0))
 
 
 @njit
-def softplus(value):  # type: ignore[no-untyped-def]
+def softplus(value):
     """Return log(1 + exp(value)), with small relative error also where the result is tiny."""
     e = exp(splat(0.0) - absolute(value))
     # log(1 + e) = 2 atanh(s) with s = e / (2 + e) <= 1/3

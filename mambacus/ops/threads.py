@@ -1,8 +1,8 @@
 """Kernels compiled by numba, run on the OpenMP threads that torch already has.
 
 Numba's own ``prange`` starts a second pool of threads, which fights with torch's for the cores between two matrix
-products, depends on a system library that slim images lack, and aborts in a forked child. A `Kernel` is a plain compiled
-function that is told which share of the tasks is its own; torch's OpenMP runtime calls it once on every thread.
+products, depends on a system library that slim images lack, and aborts in a forked child. A `Kernel` is a plain
+compiled function that is told which share of the tasks is its own; torch's OpenMP runtime calls it on every thread.
 """
 
 from __future__ import annotations
@@ -67,16 +67,17 @@ class Kernel:
 
 def thread_count(tasks: int, nanoseconds: float) -> int:
     """Return how many threads pay for ``tasks`` tasks that take one thread ``nanoseconds`` in all."""
-    return max(1, min(torch.get_num_threads(), tasks, int(nanoseconds // 10_000)))
+    return max(1, min(torch.get_num_threads(), tasks, int(nanoseconds // 30_000)))
 
 
 def _compile(signature: Any, function: Callable[..., Any]) -> Any:
     """Compile ``function`` to machine code, or read it from the cache on disk."""
-    previous, config.CACHE_DIR = config.CACHE_DIR, str(_cache_directory())
+    previous = config.CACHE_DIR  # type: ignore[attr-defined]  # numba sets its settings at run time
+    config.CACHE_DIR = str(_cache_directory())  # type: ignore[attr-defined]
     try:
         return cfunc(signature, cache=True, error_model="numpy")(function)
     finally:
-        config.CACHE_DIR = previous
+        config.CACHE_DIR = previous  # type: ignore[attr-defined]
 
 
 @functools.cache

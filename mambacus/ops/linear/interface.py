@@ -1,25 +1,92 @@
-"""A matrix product that is also fast for few rows and for bfloat16 on a CPU."""
+"""A matrix product that is also fast on a CPU for few rows and for bfloat16."""
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEW_ROWS = 32  # up to here the own kernel is faster than torch's product
+_VECTOR = 16  # the kernel reads whole vectors of at most so many numbers
+CONVERTED_WEIGHTS = 1 << 22  # weights converted to float32 at a time: 16 MiB
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ weight.T + bias``.
+    """Return ``x @ weight.T + bias``, as `torch.nn.functional.linear` does.
+
+    When no gradient is needed, on a CPU, and all tensors are float32 or all bfloat16, few rows (decoding) run an own
+    kernel that reads each weight once, and bfloat16 without hardware support converts the weights in pieces and
+    multiplies in float32, which is several times faster than torch's emulation. Else torch computes.
 
     Args:
         x: (..., in_features).
         weight: (out_features, in_features).
         bias: (out_features,).
+
+    Returns:
+        (..., out_features) in the dtype of ``x``.
+
+    Numerics:
+        Sums in float32; bfloat16 results are rounded once.
+
+    Memory:
+        At most 16 MiB for converted weights, besides the result in float32.
     """
-    return F.linear(x, weight, bias)
+    if not _runs_here(x, weight, bias):
+        return F.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.shape[0] <= FEW_ROWS:
+        from mambacus.ops.linear.cpu import few_rows  # numba loads where it is needed
+
+        y = few_rows(flat.to(torch.float32).contiguous(), weight)
+        if bias is not None:
+            y += bias
+    elif x.dtype == torch.bfloat16 and not _multiplies_bfloat16():
+        y = _multiply_in_float32(flat, weight, bias)
+    else:
+        return F.linear(x, weight, bias)
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` whose forward is `linear`."""
+    """``nn.Linear`` whose forward is `linear`: the same parameters, names and training, faster decoding on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return ``input @ weight.T + bias``."""
+        """Return ``input @ weight.T + bias``; input (..., in_features)."""
         return linear(input, self.weight, self.bias)
+
+
+def _runs_here(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Tell whether the kernels may run: plain CPU tensors of one dtype, outside autograd, autocast and tracing."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    if x.dtype not in (torch.float32, torch.bfloat16) or any(tensor.dtype != x.dtype for tensor in tensors):
+        return False
+    fits = x.numel() > 0 and x.shape[-1] % _VECTOR == 0 and weight.shape[-1:] == x.shape[-1:] and weight.is_contiguous()
+    return fits and weight.dim() == 2 and not torch.is_autocast_enabled("cpu")
+
+
+def _multiply_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x @ weight.T + bias`` in the dtype of ``x``, converting the weights to float32 in pieces."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    x = x.to(torch.float32)
+    rows = max(1, CONVERTED_WEIGHTS // weight.shape[1])
+    for first in range(0, weight.shape[0], rows):
+        piece = slice(first, first + rows)
+        shift = None if bias is None else bias[piece].to(torch.float32)
+        y[:, piece] = F.linear(x, weight[piece].to(torch.float32), shift)
+    return y
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Tell whether this processor has bfloat16 products; without them torch's are slower than float32."""
+    from llvmlite.binding import get_host_cpu_features
+
+    features = get_host_cpu_features()
+    return any(features.get(name, False) for name in ("avx512bf16", "amx-bf16", "bf16"))
