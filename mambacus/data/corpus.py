@@ -16,7 +16,7 @@ import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +218,7 @@ def build_streams(
     cached = _read_cache(cache, key)
     if cached is not None:
         return cached
-    context = multiprocessing.get_context("spawn")  # forking would copy torch's threads and locks
-    with ProcessPoolExecutor(workers, context, _open_worker, (str(tokenizer_file),)) as pool:
+    with _pool(workers, tokenizer_file) as pool:
         streams = {name: _collect(parts) for name, parts in _submit(pool, data_dir, recipe).items()}
     cache.mkdir(parents=True, exist_ok=True)
     for name, stream in streams.items():
@@ -229,7 +228,16 @@ def build_streams(
     return streams
 
 
-def _submit(pool: ProcessPoolExecutor, data_dir: Path | None, recipe: Recipe) -> dict[str, list[Any]]:
+def _pool(workers: int, tokenizer_file: Path) -> Executor:
+    """Return processes that hold the tokenizer; one worker is a thread of this process."""
+    start = (_open_worker, (str(tokenizer_file),))
+    if workers == 1:
+        return ThreadPoolExecutor(1, "corpus", *start)
+    context = multiprocessing.get_context("spawn")  # forking would copy torch's threads and locks
+    return ProcessPoolExecutor(workers, context, *start)
+
+
+def _submit(pool: Executor, data_dir: Path | None, recipe: Recipe) -> dict[str, list[Any]]:
     """Hand out all work; return the pending parts of each stream in order."""
     parts: dict[str, list[Any]] = {name: [] for name in (*STREAMS, *VALID_STREAMS)}
     for kind, total in (("narratives", recipe.narratives), ("sums", recipe.sum_sheets)):
