@@ -54,13 +54,23 @@ def test_greedy_completions_are_those_of_transformers_on_20_prompts(
     save(model, tmp_path)
     twin = transformers.MambaForCausalLM.from_pretrained(tmp_path).eval()
     assert len({completion.text for [completion] in greedy}) > 15  # they do wander
-    for text, [completion] in zip(TEXTS, greedy, strict=True):
+
+    def theirs(text: str, **changes: float) -> list[int]:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
-        expected = twin.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, eos_token_id=0, pad_token_id=0
-        )[0, ids.shape[1] :].tolist()
+        settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": 0, "pad_token_id": 0, **changes}
+        return twin.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :].tolist()
+
+    for text, [completion] in zip(TEXTS, greedy, strict=True):
+        expected = theirs(text)
         assert completion.token_ids == expected
         assert completion.text == tokenizer.decode(expected, skip_special_tokens=True)
+    penalised = Engine(model, tokenizer).generate(
+        TEXTS[:6], SamplingParams(max_new_tokens=16, repetition_penalty=1.3, ignore_eos=True)
+    )
+    assert [row[0].token_ids for row in penalised] == [
+        theirs(text, repetition_penalty=1.3, eos_token_id=-1) for text in TEXTS[:6]
+    ]
+    assert penalised != greedy[:6]
 
 
 @pytest.mark.parametrize("batch_size", [2, 7, 64])

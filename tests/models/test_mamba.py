@@ -62,6 +62,23 @@ def test_bfloat16_is_at_most_as_wrong_as_transformers(backend: str) -> None:
     assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_in_bfloat16_the_residual_stream_and_the_step_are_float32(wide: bool) -> None:
+    model = small_model(residual_in_fp32=wide).to(torch.bfloat16)
+    dtypes: dict[str, torch.dtype] = {}
+    block = model.backbone.layers[1]
+    block.register_forward_hook(lambda _, __, out: dtypes.update(residual=out[0].dtype))
+    block.mixer.dt_proj.register_forward_hook(lambda _, __, out: dtypes.update(delta=out.dtype))
+    block.mixer.register_forward_hook(lambda _, __, out: dtypes.update(mixed=out[0].dtype, ssm_state=out[2].dtype))
+    model(tokens(1, 4))
+    assert dtypes == {
+        "residual": torch.float32 if wide else torch.bfloat16,
+        "delta": torch.float32,
+        "mixed": torch.bfloat16,
+        "ssm_state": torch.float32,
+    }
+
+
 @BACKENDS
 def test_continuing_from_a_state_at_any_point_equals_one_pass(backend: str) -> None:
     model = small_model(backend=backend)
