@@ -60,6 +60,7 @@ class _Story:
         self.slots = slots
         self.style = rng.choices(styles, weights=[{"running": 40, "final": 45, "bare": 15}[name] for name in styles])[0]
         self.told: list[str] = []
+        self.last = ""  # the kind of the last event
         self.equations: list[str] = []
 
     def say(self, section: str) -> None:
@@ -117,9 +118,10 @@ def _ledger(rng: random.Random) -> str:
         if rng.random() < _ASIDE_RATE / 2:
             story.say("aside")
         value = _event(story, value)
-    kind = _last_event(story, value) if rng.random() < 0.35 else ""
-    prefix = f"{kind} " if kind else ""
-    return story.finish(story.pick(f"{prefix}goal"), story.pick(f"{prefix}close"))
+    if rng.random() < 0.35 and (kind := _last_event(story, value)):
+        return story.finish(story.pick(f"{kind} goal"), story.pick(f"{kind} close"))
+    goal = f"{story.last} goal" if f"{story.last} goal" in phrases() else "goal"
+    return story.finish(story.pick(goal), story.pick("close"))
 
 
 def _open_ledger(story: _Story) -> int:
@@ -163,6 +165,7 @@ def _event(story: _Story, value: int) -> int:
         "double": lambda: (2 * value, f"2 * {value}"),
         "halve": lambda: (value // 2, f"{value} / 2"),
     }[kind]()
+    story.last = kind
     story.slots |= {"n": n, "v": value, "r": result}
     story.say(kind)
     story.reckon(f"{equation} = {result}", _things(story, result), f"{kind} sum")
