@@ -138,13 +138,15 @@ class Scorer:
         position = {context: row for row, context in enumerate(contexts)}
         owners = [position[context] for context, _ in pairs]
         logits, state = self._prefill(contexts)  # (contexts, vocabulary)
+        owner = torch.tensor(owners, device=logits.device)
         first = torch.tensor([continuation[0] for _, continuation in pairs], device=logits.device)
-        log_probability, is_top = _judge(logits[owners], first)
-        scores = [Score(float(p), bool(top)) for p, top in zip(log_probability.cpu(), is_top.cpu(), strict=True)]
+        log_probability = logits[owner, first] - logits.logsumexp(-1)[owner]
+        is_top = logits.argmax(-1)[owner] == first
+        scores = [Score(*found) for found in zip(log_probability.tolist(), is_top.tolist(), strict=True)]
         longer = [index for index, (_, continuation) in enumerate(pairs) if len(continuation) > 1]
         for indices in self._batches(longer, lambda index: len(pairs[index][1]), FORKS_PER_ROW * self.batch_size):
             rows = [_Row(pairs[index][1][:-1], pairs[index][1][1:]) for index in indices]
-            forks = state.select([owners[index] for index in indices])
+            forks = state.select(owner[indices])
             for index, rest in zip(indices, self._read(rows, forks), strict=True):
                 scores[index] = Score(
                     scores[index].loglikelihood + rest.loglikelihood, scores[index].is_greedy and rest.is_greedy
@@ -157,7 +159,7 @@ class Scorer:
         last = torch.tensor([[len(context) - 1] for context in contexts], device=input_ids.device)
         out = self.model(input_ids, seq_idx=seq_idx, logits_at=last)
         self._count(contexts, input_ids)
-        return out.logits[:, 0], out.state
+        return out.logits[:, 0].float(), out.state
 
     def _read(self, rows: Sequence[_Row], state: MambaState | None) -> list[Score]:
         """Score rows (longest first) in one pass, or in steps from state to state where the logits would not fit."""

@@ -36,7 +36,7 @@ def by_hand(model: Any, context: Tokens, continuation: Tokens) -> Score:
 def assert_close(found: list[Score], expected: list[Score]) -> None:
     assert [score.is_greedy for score in found] == [score.is_greedy for score in expected]
     values = [score.loglikelihood for score in expected]
-    assert [score.loglikelihood for score in found] == pytest.approx(values, abs=1e-5, rel=0)
+    assert [score.loglikelihood for score in found] == pytest.approx(values, abs=1e-5, rel=1e-7)
 
 
 @pytest.mark.parametrize("state_reuse", [True, False])

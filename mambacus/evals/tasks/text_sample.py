@@ -1,4 +1,4 @@
-"""The packaged English passages as an lm_eval task: their perplexity tells what a fine-tuning costs the language model."""
+"""The packaged English passages as an lm_eval task: their perplexity tells what a fine-tuning costs in language."""
 
 from __future__ import annotations
 
