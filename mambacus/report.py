@@ -31,7 +31,8 @@ def run(config: Config) -> Record:
 
     Returns:
         A record of kind ``report``: ``results`` holds ``sources`` (files read), ``comparisons`` (every paired
-        comparison on the page), ``page_bytes`` and ``figures`` (PNG files).
+        comparison on the page), ``headline``, ``checks`` and ``notices`` (sentences on the page), ``page_bytes`` and
+        ``figures`` (PNG files).
 
     Raises:
         UserError: a file that is no record, a folder without any, an unknown label, or an existing page without
@@ -45,7 +46,7 @@ def run(config: Config) -> Record:
         raise UserError(f"--out {config.out} exists; choose another name or add --overwrite")
     if config.out.suffix != ".html":
         raise UserError(f"--out: expected a name ending in .html, got {str(config.out)!r}")
-    sources = [source for source in collect(config.records) if source.record.kind != "report"]
+    sources = collect(config.records)
     page = build(sources, title=config.title, pairs=config.pairs, root=config.out.parent)
     html = render(page).encode()
     write_bytes_atomic(config.out, html)
@@ -59,6 +60,9 @@ def run(config: Config) -> Record:
         "comparisons": [
             dataclasses.asdict(row) | {"verdict": row.verdict} for pair in page.pairs for row in pair.comparisons
         ],
+        "headline": page.headline,
+        "checks": list(page.checks),
+        "notices": list(page.notices),
         "page_bytes": len(html),
         "figures": [str(figure) for figure in figures],
     }

@@ -162,27 +162,28 @@ def print_plan(recipe: Recipe, plan: Plan) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run from the command line and print the comparisons."""
+    """Run from the command line and print the outcome."""
     config = parse(Config, argv, "mambacus study", (__doc__ or "").splitlines()[0])
     if config.dry_run:
         print_plan(*prepare(config))
         return
     run(config)
-    out = config.out or Path("runs") / Path(config.recipe).stem
-    print_comparisons(out)
-    say(f"page: {out / PAGE}")
+    print_summary(config.out or Path("runs") / Path(config.recipe).stem)
 
 
-def print_comparisons(out: Path) -> None:
-    """Print the paired comparisons of a study's report as a table."""
+def print_summary(out: Path) -> None:
+    """Print what a finished study found: paired comparisons, checks, speed, and where the page lies."""
     from rich.console import Console
     from rich.table import Table
 
-    from mambacus.reporting.tables import summary_rows
+    from mambacus.reporting.tables import speed_lines, summary_rows
 
-    report = read_record((out / PAGE).with_suffix(".json"))
-    table = Table("task", "model", "before", "after", "change, 95 %", "p (Holm)", "verdict")
-    for row in summary_rows(report.results["comparisons"]):
+    found = read_record((out / PAGE).with_suffix(".json")).results
+    table = Table("task", "model", "before", "after", "change [95 %]", "p, Holm", "verdict")
+    for row in summary_rows(found["comparisons"]):
         table.add_row(*row)
+    say("")
     if table.row_count:
         Console(highlight=False).print(table)
+    say(*found["checks"], *speed_lines(Path(source) for source in found["sources"]), *found["notices"])
+    say(f"page: {out / PAGE}", style="bold")

@@ -12,21 +12,18 @@ import jinja2
 
 from mambacus import __version__
 from mambacus.reporting.compare import ALPHA, Comparison, Uncompared, compare, conclusion
+from mambacus.reporting.formats import duration, percent, rate, show
 from mambacus.reporting.lineup import Lineup, line_up
 from mambacus.reporting.metrics import task_info
 from mambacus.reporting.plots import Chart, Panel, Radar, change_panels, change_text, radar, training_chart
-from mambacus.reporting.radar import show
 from mambacus.reporting.samples import Samples, identical, sample_problems
 from mambacus.reporting.scores import Scores
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.tables import (
     Table,
     comparison_table,
-    duration,
     environment_table,
     merge_table,
-    percent,
-    rate,
     record_table,
     score_table,
     solve_table,

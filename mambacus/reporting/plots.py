@@ -12,9 +12,10 @@ import math
 from collections.abc import Sequence
 
 from mambacus.reporting.compare import Comparison
+from mambacus.reporting.formats import number, show
 from mambacus.reporting.metrics import FAMILIES, family_title, metric_title, task_info
-from mambacus.reporting.radar import MIN_AXES, Axis, axes, show
-from mambacus.reporting.scores import Score, Scores, number
+from mambacus.reporting.radar import MIN_AXES, Axis, axes
+from mambacus.reporting.scores import Score, Scores
 from mambacus.reporting.sources import Source
 
 RADIUS = 35.0  # of the rim, in percent of the square the radar is drawn in; the rest is for labels

@@ -12,11 +12,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from mambacus.reporting.formats import axis_end
 from mambacus.reporting.metrics import chance_level, main_metrics, metric_kind, metric_title, task_info
 from mambacus.reporting.scores import Key, Score, Scores, is_part
 
 MIN_SPAN = 0.2
 MIN_RATIO = 2.0
+MARGIN = 1.25  # keeps the worst model off the centre, which stands for no particular perplexity
 MAX_RATIO = 1000.0
 MIN_AXES = 3
 FEW_AXES = 5
@@ -55,7 +57,7 @@ class Axis:
     @property
     def ends(self) -> str:
         """Centre and rim, for example ``25 % → 60 %``."""
-        return f"{_short(self.metric, self.inner)} → {_short(self.metric, self.outer)}"
+        return f"{axis_end(self.metric, self.inner)} → {axis_end(self.metric, self.outer)}"
 
     @property
     def transform(self) -> str:
@@ -130,13 +132,13 @@ def _rim(inner: float, best: float, kind: str) -> float:
     """Return the smallest round value at or above ``best`` that is at least MIN_SPAN beyond ``inner``."""
     wanted = max(best, inner + MIN_SPAN)
     step = 0.1 if kind in ("share", "correlation") else 10.0 ** math.floor(math.log10(wanted))
-    rim = step * math.ceil(round(wanted / step, 9))
+    rim = round(step * math.ceil(round(wanted / step, 9)), 9)
     return min(1.0, rim) if kind in ("share", "correlation") else rim
 
 
 def _log_axis(task: str, metric: str, values: list[float]) -> Axis:
     outer = _round_down(min(values))
-    inner = min(_round_up(max(values)), outer * MAX_RATIO)
+    inner = min(_round_up(MARGIN * max(values)), outer * MAX_RATIO)
     if inner < outer * MIN_RATIO:
         inner = outer * MIN_RATIO
     return Axis(task, metric, LOG, inner, outer)
@@ -151,25 +153,3 @@ def _round_down(value: float) -> float:
 def _round_up(value: float) -> float:
     step = 10.0 ** (math.floor(math.log10(value)) - 1)
     return step * math.ceil(round(value / step, 9))
-
-
-def _short(metric: str, value: float) -> str:
-    """Return the end of an axis without needless decimals."""
-    scale, unit = (100.0, " %") if metric_kind(metric) == "share" else (1.0, "")
-    return f"{scale * value:.4g}{unit}".replace("-", "−")
-
-
-def show(metric: str, value: float | None) -> str:
-    """Return a value of ``metric`` as readers see it: shares in percent, perplexities with three to four digits."""
-    if value is None:
-        return "–"
-    if math.isnan(value):
-        return "not a number"
-    if math.isinf(value):
-        return "infinite"
-    if metric_kind(metric) == "share":
-        return f"{100 * value:.1f} %"
-    if abs(value) >= 1e5:
-        return f"{value:.1e}"
-    digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
-    return f"{value:.{digits}f}".replace("-", "−")

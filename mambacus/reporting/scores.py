@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Hashable, Iterable
 from typing import Any
 
+from mambacus.reporting.formats import number
 from mambacus.reporting.metrics import TASKS, metric_kind, plain_metric
 from mambacus.reporting.sources import Source
 from mambacus.runtime.errors import UserError
@@ -91,14 +92,6 @@ class Scores:
         """Return item id -> item value of one score; empty when no item-level outputs were saved."""
         score = self.get(label, key)
         return _items(score) if score else {}
-
-
-def number(value: Any) -> float | None:
-    """Return a JSON value as a float (records write ``"nan"`` and ``"inf"`` as strings), or None if it is no number."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
 
 
 def _read(source: Source) -> list[Score]:

@@ -48,7 +48,7 @@ def collect(paths: Iterable[str | Path]) -> list[Source]:
     """Read the records named by files and found below folders, each file once, in the order given.
 
     A folder is searched for ``*.json`` at any depth; JSON files in it that are not records (a model's ``config.json``)
-    are passed over. A file named directly must be a record.
+    and the records of earlier reports are passed over. A file named directly must be a record of a measurement.
 
     Raises:
         UserError: nothing there, a named file is not a record, or a folder holds none.
@@ -56,13 +56,17 @@ def collect(paths: Iterable[str | Path]) -> list[Source]:
     found: dict[Path, Record] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*.json")) if _looks_like_record(file)]
-            if not inside:
+            inside = {file: read_record(file) for file in sorted(path.rglob("*.json")) if _looks_like_record(file)}
+            drawable = {file: record for file, record in inside.items() if record.kind != "report"}
+            if not drawable:
                 raise UserError(f"{path}: expected records of mambacus commands in this folder, found none")
-            for file in inside:
-                found.setdefault(file.resolve(), read_record(file))
-        else:
-            found.setdefault(path.resolve(), read_record(path))
+            for file, record in drawable.items():
+                found.setdefault(file.resolve(), record)
+            continue
+        record = read_record(path)
+        if record.kind == "report":
+            raise UserError(f"{path}: expected the record of a measurement, got that of a report")
+        found.setdefault(path.resolve(), record)
     if not found:
         raise UserError("expected at least one record file or folder, got none")
     steps = _study_steps(found)

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mambacus.reporting.compare import Comparison
+from mambacus.reporting.formats import duration, number, p_text, percent, rate, reference, show, size
 from mambacus.reporting.lineup import Lineup
 from mambacus.reporting.metrics import metric_title, task_info
 from mambacus.reporting.plots import change_text
-from mambacus.reporting.radar import show
-from mambacus.reporting.scores import Scores, number
+from mambacus.reporting.scores import Scores
 from mambacus.reporting.sources import Source, of_kind
-
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+from mambacus.runtime.records import read_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,52 +281,6 @@ def _numbers(numbers: list[int]) -> str:
     return "".join(f"[{number}]" for number in numbers)
 
 
-def reference(numbers: Iterable[int]) -> str:
-    """Return the marks that lead from a figure to its records, for example `` [1][4]``."""
-    return " " + "".join(f"[{number}]" for number in sorted(set(numbers)))
-
-
-def percent(value: Any) -> str:
-    """Return a share in percent with one decimal, or a dash."""
-    found = number(value)
-    return "–" if found is None else f"{100 * found:.1f} %"
-
-
-def rate(value: Any) -> str:
-    """Return tokens per second with about three digits, or a dash."""
-    found = number(value)
-    return "–" if found is None else f"{found:,.1f}" if found < 100 else f"{found:,.0f}"
-
-
-def size(value: Any) -> str:
-    """Return bytes in MiB or GiB, or a dash."""
-    found = number(value)
-    if found is None:
-        return "–"
-    return f"{found / 2**30:.2f} GiB" if found >= 2**30 else f"{found / 2**20:.0f} MiB"
-
-
-def duration(seconds: Any) -> str:
-    """Return seconds in words: ``4.2 s``, ``3 min 05 s``, ``2 h 10 min``; or a dash."""
-    found = number(seconds)
-    if found is None:
-        return "–"
-    if found < 60:
-        return f"{found:.1f} s"
-    minutes = round(found) // 60
-    return f"{minutes} min {round(found) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def p_text(p: float) -> str:
-    """Return a p-value: three decimals down to 0.001, then a power of ten."""
-    if p >= 0.001:
-        return f"{p:.3f}"
-    if p < 1e-300:
-        return "< 10⁻³⁰⁰"
-    digit, _, power = f"{p:.0e}".partition("e")
-    return f"{digit} × 10{str(int(power)).translate(_RAISED)}"
-
-
 def _trained(parameters: dict[str, Any]) -> str:
     trainable, total = parameters.get("trainable"), parameters.get("total")
     if not trainable or not total:
@@ -391,3 +344,17 @@ def summary_rows(comparisons: Iterable[dict[str, Any]]) -> list[list[str]]:
             p_text(row.p_adjusted), words[row.verdict],
         ])  # fmt: skip
     return found
+
+
+def speed_lines(paths: Iterable[Path]) -> list[str]:
+    """Return one line on the speed of every finetune and solve record among ``paths``."""
+    lines = []
+    for path in paths:
+        record = read_record(path)
+        if record.kind == "finetune":
+            train = record.results["train"]
+            lines.append(f"finetune: {duration(train.get('seconds'))}, {rate(train.get('tokens_per_second'))} tokens/s")
+        if record.kind == "solve":
+            for bench, cell in record.results["benches"].items():
+                lines.append(f"solve {bench} with {record.label}: {rate(cell['tokens_per_second'])} tokens/s")
+    return lines

@@ -1,0 +1,87 @@
+"""Numbers as readers see them: one place for units, digits and signs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from mambacus.reporting.metrics import metric_kind
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def number(value: Any) -> float | None:
+    """Return a JSON value as a float (records write ``"nan"`` and ``"inf"`` as strings), or None if it is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def show(metric: str, value: float | None) -> str:
+    """Return a value of ``metric`` as readers see it: shares in percent, perplexities with three to four digits."""
+    if value is None:
+        return "–"
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "infinite"
+    if metric_kind(metric) == "share":
+        return f"{100 * value:.1f} %"
+    if abs(value) >= 1e5:
+        return f"{value:.1e}"
+    digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def axis_end(metric: str, value: float) -> str:
+    """Return the end of an axis without needless decimals."""
+    scale, unit = (100.0, " %") if metric_kind(metric) == "share" else (1.0, "")
+    return f"{scale * value:.4g}{unit}".replace("-", "−")
+
+
+def reference(numbers: Iterable[int]) -> str:
+    """Return the marks that lead from a figure to its records, for example `` [1][4]``."""
+    return " " + "".join(f"[{number}]" for number in sorted(set(numbers)))
+
+
+def percent(value: Any) -> str:
+    """Return a share in percent with one decimal, or a dash."""
+    found = number(value)
+    return "–" if found is None else f"{100 * found:.1f} %"
+
+
+def rate(value: Any) -> str:
+    """Return tokens per second with about three digits, or a dash."""
+    found = number(value)
+    return "–" if found is None else f"{found:,.1f}" if found < 100 else f"{found:,.0f}"
+
+
+def size(value: Any) -> str:
+    """Return bytes in MiB or GiB, or a dash."""
+    found = number(value)
+    if found is None:
+        return "–"
+    return f"{found / 2**30:.2f} GiB" if found >= 2**30 else f"{found / 2**20:.0f} MiB"
+
+
+def duration(seconds: Any) -> str:
+    """Return seconds in words: ``4.2 s``, ``3 min 05 s``, ``2 h 10 min``; or a dash."""
+    found = number(seconds)
+    if found is None:
+        return "–"
+    if found < 60:
+        return f"{found:.1f} s"
+    minutes = round(found) // 60
+    return f"{minutes} min {round(found) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def p_text(p: float) -> str:
+    """Return a p-value: three decimals down to 0.001, then a power of ten."""
+    if p >= 0.001:
+        return f"{p:.3f}"
+    if p < 1e-300:
+        return "< 10⁻³⁰⁰"
+    digit, _, power = f"{p:.0e}".partition("e")
+    return f"{digit} × 10{str(int(power)).translate(_RAISED)}"

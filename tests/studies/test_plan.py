@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mambacus import bench, evaluate, finetune, merge, solve
+from mambacus.runtime.config import parse
+from mambacus.runtime.errors import UserError
+from mambacus.studies.plan import Overrides, command_line, make_plan, settings_of
+from mambacus.studies.recipe import ModelEntry, Recipe, Variant, packaged_recipes, read_recipe
+
+MODULES = {"bench": bench, "evaluate": evaluate, "finetune": finetune, "merge": merge, "solve": solve}
+CONFIGS = {verb: module.Config for verb, module in MODULES.items()}
+OUT = Path("runs/x")
+RECIPE = Recipe(
+    name="r",
+    title="R",
+    description="",
+    models=(ModelEntry("m", "tiny"), ModelEntry("p", "owner/p", "baseline")),
+    finetune=(
+        Variant("lora", {"data": "hub/data", "epochs": 1}, data_offline="gsm8k"),
+        Variant("full", {"data": "wordproblems:9", "method": "full"}),
+    ),
+    evaluate={"tasks": ["arc_easy", "piqa"]},
+    solve={"bench": ["wordproblems"], "max_new_tokens": 9},
+    check_attached=True,
+)
+
+
+def plan_of(recipe: Recipe = RECIPE, **overrides):
+    return make_plan(recipe, OUT, CONFIGS, Overrides(**overrides))
+
+
+def test_stages_in_order():
+    assert [(step.stage, step.verb, step.label) for step in plan_of().steps] == [
+        ("baseline", "evaluate", "m"),
+        ("baseline", "solve", "m"),
+        ("baseline", "evaluate", "p"),
+        ("baseline", "solve", "p"),
+        ("finetune", "finetune", "m+lora"),
+        ("finetune", "finetune", "m+full"),
+        ("merge", "merge", "m+lora"),
+        ("evaluate", "evaluate", "m+lora"),
+        ("evaluate", "evaluate", "m+full"),
+        ("solve", "solve", "m+lora"),
+        ("solve", "solve", "m+full"),
+        ("check", "solve", "m+lora (attached)"),
+    ]
+
+
+def test_the_tuned_model_is_what_merge_or_full_tuning_leaves():
+    steps = {(step.stage, step.label): step for step in plan_of().steps}
+    assert steps["merge", "m+lora"].config.adapter == OUT / "finetune/m+lora/adapter"
+    assert steps["solve", "m+lora"].config.model == "runs/x/merge/m+lora"
+    assert steps["solve", "m+full"].config.model == "runs/x/finetune/m+full/model"
+    assert steps["solve", "m+lora"].needs == (OUT / "merge/m+lora/record.json",)
+    check = steps["check", "m+lora (attached)"].config
+    assert (check.model, check.adapter) == ("tiny", OUT / "finetune/m+lora/adapter")
+
+
+def test_roles_for_the_report():
+    rows = [(row["label"], row["role"], row["base"]) for row in plan_of().models]
+    assert rows == [
+        ("m", "subject", None),
+        ("p", "baseline", None),
+        ("m+lora", "tuned", "m"),
+        ("m+full", "tuned", "m"),
+        ("m+lora (attached)", "check", "m+lora"),
+    ]
+
+
+def test_offline_data_takes_over_only_with_a_data_folder_and_is_told(tmp_path):
+    online, offline = plan_of(), plan_of(data_dir=tmp_path)
+    data = [step.config.data for step in online.steps if step.verb == "finetune"]
+    assert data == ["hub/data", "wordproblems:9"] and online.notes == ()
+    assert [step.config.data for step in offline.steps if step.verb == "finetune"] == ["gsm8k", "wordproblems:9"]
+    assert offline.notes == (
+        "Fine-tuning lora uses gsm8k of the local data folder instead of hub/data (data_offline of the recipe).",
+    )
+    assert all(step.config.data_dir == tmp_path for step in offline.steps)
+
+
+def test_a_limit_reaches_every_stage_and_is_told():
+    plan = plan_of(dataclasses.replace(RECIPE, bench=({"what": "decode"},)), limit=20)
+    for step in plan.steps:
+        value = {"finetune": "max_steps", "evaluate": "limit", "solve": "limit", "bench": "repeats"}.get(step.verb)
+        assert value is None or getattr(step.config, value) == (1 if step.verb == "bench" else 20)
+    assert "--limit 20" in plan.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"evaluate": {"task": ["piqa"]}}, "evaluate of m: unknown key 'task'; did you mean 'tasks'"),
+        ({"solve": {"bench": ["gsm8k"], "limit": "many"}}, "solve of m: key 'limit': expected int, got 'many'"),
+        ({"finetune": (Variant("x", {"data": "d", "rang": 3}),)}, "finetune of m\\+x: unknown key 'rang'"),
+        ({"evaluate": {"limit": 3}}, "evaluate of m: missing key 'tasks'"),
+    ],
+)
+def test_faults_in_settings_are_found_before_anything_runs(changes, words):
+    with pytest.raises(UserError, match=words):
+        plan_of(dataclasses.replace(RECIPE, **changes))
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_every_packaged_recipe_has_a_plan_and_its_commands_parse_to_the_same_settings(name):
+    recipe = read_recipe(name)
+    plan = make_plan(recipe, OUT, CONFIGS, Overrides())
+    assert len({step.record for step in plan.steps}) == len(plan.steps)
+    for step in plan.steps:
+        program, verb, *flags = shlex.split(step.command)
+        assert (program, verb) == ("mambacus", step.verb)
+        assert parse(CONFIGS[verb], flags, "x", "") == step.config
+
+
+def test_command_lines_quote_and_leave_out_defaults():
+    config = evaluate.Config(model="a b", tasks=("x", "y"), out=Path("o.json"), state_reuse=False)
+    assert command_line("evaluate", config) == (
+        "mambacus evaluate --model 'a b' --tasks x,y --out o.json --no-state-reuse"
+    )
+
+
+def test_settings_do_not_depend_on_where_the_study_lies():
+    first = settings_of({"model": "runs/x/merge/m", "out": "runs/x/a.json", "seed": 1}, "runs/x")
+    second = settings_of({"model": "/else/merge/m", "out": "/else/a.json", "seed": 1}, "/else")
+    assert first == second == {"model": "OUT/merge/m", "seed": 1}

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic_records import write_solve, write_study
+
+from mambacus.cli import main
+from mambacus.runtime.records import read_record
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("study"))
+
+
+def test_page_figures_and_record(study, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert main(["report", str(study), "--out", str(out), "--png", str(tmp_path / "png")]) == 0
+    assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
+    names = sorted(path.name for path in (tmp_path / "png").iterdir())
+    assert names == ["change-tiny-tiny+lora.png", "radar.png", "training.png"]
+    assert all((tmp_path / "png" / name).read_bytes()[:4] == b"\x89PNG" for name in names)
+    record = read_record(tmp_path / "page.json")
+    assert len(record.results["sources"]) == 11
+    gain = next(row for row in record.results["comparisons"] if row["task"] == "wordproblems")
+    assert (gain["gained"], gain["lost"], gain["verdict"]) == (430, 2, "better")
+    assert "11 records, 6 paired comparisons" in capsys.readouterr().out
+
+
+def test_no_torch_is_imported(study, tmp_path):
+    out = tmp_path / "page.html"
+    code = (
+        "import sys; from mambacus.cli import main; "
+        f"assert main(['report', {str(study)!r}, '--out', {str(out)!r}, '--png', {str(tmp_path)!r}]) == 0; "
+        "heavy = {'torch', 'transformers', 'numba', 'lm_eval'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_drawing_a_folder_again_passes_over_earlier_reports(study, tmp_path):
+    folder = tmp_path / "study"
+    write_study(folder)
+    arguments = ["report", str(folder), "--out", str(folder / "report.html")]
+    assert main(arguments) == 0
+    first = (folder / "report.html").read_text()
+    assert main([*arguments, "--overwrite"]) == 0
+    assert (folder / "report.html").read_text() == first
+
+
+def test_a_record_alone_is_enough(tmp_path):
+    write_solve(tmp_path / "a.json", "one", {"gsm8k": [True, False]})
+    assert main(["report", str(tmp_path / "a.json"), "--out", str(tmp_path / "r.html"), "--title", "Mine"]) == 0
+    assert "<h1>Mine</h1>" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "words"),
+    [
+        (lambda d: None, ["none.json"], "cannot read none.json"),
+        (lambda d: None, [], "expected at least one record"),
+        (lambda d: (d / "empty").mkdir(), ["empty"], "found none"),
+        (lambda d: (d / "x.json").write_text("{}"), ["x.json"], "is not a mambacus record"),
+        (lambda d: (d / "x.json").write_text("{"), ["x.json"], "is not a JSON file"),
+        (lambda d: write_solve(d / "a.json", "m", {"gsm8k": [True]}), ["a.json", "--out", "r.txt"], "ending in .html"),
+        (lambda d: write_solve(d / "a.json", "m", {"gsm8k": [True]}), ["a.json", "--pairs", "m=n"], "no evaluate or"),
+        (lambda d: (d / "report.html").write_text("mine"), ["a.json"], "add --overwrite"),
+    ],
+)
+def test_faults_are_one_line_and_change_nothing(tmp_path, monkeypatch, capsys, make, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["report", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_missing_items_file_is_named(tmp_path, capsys):
+    write_solve(tmp_path / "a.json", "one", {"gsm8k": [True]})
+    (tmp_path / "a.items.jsonl").unlink()
+    assert main(["report", str(tmp_path / "a.json"), "--out", str(tmp_path / "r.html")]) == 2
+    assert "a.items.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_newer_schema_is_refused(tmp_path, capsys):
+    file = write_solve(tmp_path / "a.json", "one", {"gsm8k": [True]})
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 99}))
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 2
+    assert "record schema 99" in capsys.readouterr().err
