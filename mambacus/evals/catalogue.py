@@ -26,7 +26,7 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> tuple[list[Any], 
             tasks, whose documents come from the hub.
 
     Raises:
-        UserError: no name, an unknown name (with suggestions), a missing or broken data file.
+        UserError: no name, an unknown name (with suggestions), a missing or broken data file, no way to the hub.
     """
     from lm_eval.tasks import TaskManager
 
@@ -49,7 +49,11 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> tuple[list[Any], 
     tasks: list[Any] = []
     with quiet():
         for name, manager in managers.items():
-            tasks += manager.load([name])["tasks"].values()
+            try:
+                tasks += manager.load([name])["tasks"].values()
+            except (ConnectionError, FileNotFoundError) as error:  # a data set's absence is a FileNotFoundError
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"--tasks {name}: no documents from the hub ({reason}); try --data-dir") from None
     return tasks, hub or local
 
 

@@ -155,3 +155,18 @@ def test_documents_are_read_without_a_cache(tmp_path: Path) -> None:
     changed = [json.dumps(row | {"sentence": "Changed."})]
     (task,), _ = load_tasks(["cola"], write_cola(tmp_path, changed))
     assert task.dataset["validation"][0]["sentence"] == "Changed."
+
+
+def test_no_way_to_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval.tasks as installed
+
+    class Offline(installed.TaskManager):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**({"include_path": LOCAL_TASKS, "include_defaults": False} | options))
+
+        def load(self, task_list: Any) -> Any:
+            raise ConnectionError("Couldn't reach 'nyu-mll/glue' on the Hub")
+
+    monkeypatch.setattr(installed, "TaskManager", Offline)
+    with pytest.raises(UserError, match=r"--tasks cola: no documents from the hub .*; try --data-dir"):
+        load_tasks(["cola"], None)
