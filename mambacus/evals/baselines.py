@@ -10,9 +10,8 @@ import torch
 
 from mambacus.inference import Completion, SamplingParams
 from mambacus.models import model_type
+from mambacus.models.registry import resolve
 from mambacus.runtime.errors import UserError
-
-IMPLEMENTATIONS = ("auto", "mambacus", "hf")
 
 
 def choose_implementation(model: str, implementation: str) -> str:
@@ -65,9 +64,9 @@ def load_baseline(model: str, device: torch.device, dtype: torch.dtype, adapter:
 
 
 def _location(model: str) -> str:
-    """Return an absolute path for a folder, so that nothing looks it up on the hub, else the hub id."""
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else model
+    """Return an absolute path for a model on this machine, so that nothing looks it up on the hub, else the hub id."""
+    folder = resolve(model).folder if model == "tiny" else Path(model).expanduser()
+    return str(folder.resolve()) if folder is not None and folder.is_dir() else model
 
 
 class BaselineEngine:
