@@ -33,12 +33,15 @@ _COMPILING = threading.Lock()
 class Kernel:
     """A function ``f(p, thread, threads)`` compiled at its first call.
 
+    With ``cache`` the machine code is kept on disk for the next process.
+
     ``p[i]`` is the i-th argument, an integer: a size, a flag or the address of memory. The function does the tasks
     ``thread, thread + threads, ...`` of a numbering of its own, so that who does a task never changes its result.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None], *, cache: bool = True) -> None:
         self._function = function
+        self._cache = cache
         self._entry: Any = None
         self._address = 0
         functools.update_wrapper(self, function)
@@ -59,7 +62,7 @@ class Kernel:
 
     def _compile(self) -> None:
         with _COMPILING:
-            compiled = _compile(_SIGNATURE, self._function)
+            compiled = _compile(_SIGNATURE, self._function, self._cache)
             self._address = compiled.address
             prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
             self._entry = prototype(compiled.address)
@@ -70,8 +73,10 @@ def thread_count(tasks: int, nanoseconds: float) -> int:
     return max(1, min(torch.get_num_threads(), tasks, int(nanoseconds // 30_000)))
 
 
-def _compile(signature: Any, function: Callable[..., Any]) -> Any:
+def _compile(signature: Any, function: Callable[..., Any], cache: bool = True) -> Any:
     """Compile ``function`` to machine code, or read it from the cache on disk."""
+    if not cache:
+        return cfunc(signature, error_model="numpy")(function)
     previous = config.CACHE_DIR  # type: ignore[attr-defined]  # numba sets its settings at run time
     config.CACHE_DIR = str(_cache_directory())  # type: ignore[attr-defined]
     try:
@@ -90,15 +95,15 @@ def _cache_directory() -> Path:
     digest = hashlib.sha256(sys.version.encode())
     for source in sorted([*here.glob("*.py"), *here.glob("*/cpu.py")]):
         digest.update(source.read_bytes())
-    home = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    wanted = Path(home) / "mambacus" / f"kernels-{digest.hexdigest()[:12]}"
     try:
+        home = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        wanted = Path(home) / "mambacus" / f"kernels-{digest.hexdigest()[:12]}"
         wanted.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=wanted):
             return wanted
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         warnings.warn(
-            f"cannot keep compiled kernels in {wanted} ({error.strerror}): every process compiles them anew; "
+            f"no folder to keep compiled kernels in ({error}): every process compiles them anew; "
             "set NUMBA_CACHE_DIR to a writable folder",
             RuntimeWarning,
             stacklevel=2,

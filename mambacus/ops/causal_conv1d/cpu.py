@@ -67,7 +67,8 @@ def backward(
     seq_idx = document_ids(seq_idx)
     d_conv = weight.shape[1]
     d_x = torch.empty(batch, seqlen, d_inner, dtype=inputs.dtype)
-    d_weight, d_state = torch.empty(2, batch, d_inner, d_conv)
+    d_weight = torch.empty(batch, d_inner, d_conv)
+    d_state = torch.empty_like(d_weight)
     d_bias = torch.empty(batch, d_inner)
     threads = thread_count(batch * -(-d_inner // GROUP), BACKWARD_NANOSECONDS * inputs.numel())
     scratch = torch.empty(threads, (4 * d_conv + 1) * VECTORS * LANES + seqlen * GROUP)

@@ -1,8 +1,9 @@
 """Numba kernels of the causal convolution; `cpu.py` launches them.
 
-A vector holds `LANES` neighbouring channels. Each channel carries a window of its last ``d_conv`` inputs through the row,
-oldest first; a restart clears it, padding leaves it alone. The backward pass goes through the row forwards, to find the
-gradient of every sum before the activation and those of taps and bias, and then backwards with the window's gradient.
+A vector holds `LANES` neighbouring channels. Each channel carries a window of its last ``d_conv`` inputs through the
+row, oldest first; a restart clears it, padding leaves it alone. The backward pass goes through the row forwards, to
+find the gradient of every sum before the activation and those of taps and bias, and then backwards with the window's
+gradient.
 """
 
 # mypy: allow-untyped-defs

@@ -292,3 +292,10 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | N
 
 
 torch.library.register_autograd("mambacus::selective_scan_forward", _differentiate, setup_context=_save_for_backward)
+
+
+def _refuse(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError("selective_scan is not twice differentiable, except with backend='reference'")
+
+
+torch.library.register_autograd("mambacus::selective_scan_backward", _refuse)

@@ -1,0 +1,153 @@
+"""The ops as torch sees them: schemas, fake tensors, autograd, compilation, and messages for wrong arguments."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from op_cases import conv_inputs, documents, scan_inputs
+
+from mambacus.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from mambacus.ops.dispatch import Choice, choose_backend
+from mambacus.runtime.errors import UserError
+
+OPS = torch.ops.mambacus
+
+
+def scan_arguments(requires_grad: bool, **changes):
+    inputs = scan_inputs(2, 40, 16, 4) | changes
+    given = {k: v if v is None else v.detach().requires_grad_(requires_grad) for k, v in inputs.items()}
+    initial_state = given.pop("initial_state")
+    return (*given.values(), True, documents(2, 40), initial_state)
+
+
+@pytest.mark.parametrize("absent", [(), ("D", "z", "delta_bias", "initial_state")], ids=["all", "none"])
+def test_opcheck_scan(absent):
+    arguments = scan_arguments(True, **dict.fromkeys(absent))
+    torch.library.opcheck(OPS.selective_scan_forward.default, (*arguments, True))
+    arguments = scan_arguments(False, **dict.fromkeys(absent))
+    torch.library.opcheck(OPS.selective_scan_forward.default, (*arguments, False))
+    y, final_state, chunk_states = OPS.selective_scan_forward(*arguments, True)
+    torch.library.opcheck(OPS.selective_scan_backward.default, (y, final_state, *arguments, chunk_states))
+
+
+@pytest.mark.parametrize("absent", [(), ("bias", "initial_state")], ids=["all", "none"])
+def test_opcheck_conv(absent):
+    inputs = conv_inputs(2, 40, 16, 4) | dict.fromkeys(absent)
+    leaves = [inputs[k] if inputs[k] is None else inputs[k].requires_grad_() for k in inputs]
+    torch.library.opcheck(OPS.causal_conv1d_forward.default, (*leaves[:3], True, documents(2, 40), leaves[3]))
+    arguments = [None if t is None else t.detach() for t in leaves]
+    arguments = (*arguments[:3], True, documents(2, 40), arguments[3])
+    y, final_state = OPS.causal_conv1d_forward(*arguments)
+    torch.library.opcheck(OPS.causal_conv1d_backward.default, (y, final_state, *arguments))
+
+
+def test_opcheck_updates():
+    a = {k: v.squeeze(1) if v.dim() == 3 and v.shape[1] == 1 else v for k, v in scan_inputs(2, 1, 16, 4).items()}
+    rest = (a["D"], a["z"], a["delta_bias"], True)
+    arguments = (a["initial_state"], a["x"], a["delta"], a["A"], a["B"], a["C"], *rest)
+    torch.library.opcheck(OPS.selective_state_update.default, arguments)
+    c = conv_inputs(2, 1, 16, 4)
+    arguments = (c["x"].squeeze(1), c["initial_state"], c["weight"], c["bias"], True)
+    torch.library.opcheck(OPS.causal_conv1d_update.default, arguments)
+
+
+def test_scan_compiles_as_a_whole():
+    inputs = {k: v.requires_grad_() for k, v in scan_inputs(1, 40, 16, 4).items()}
+
+    def loss(**kw):
+        y, final_state = selective_scan(**kw)
+        return y.square().sum() + final_state.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(**inputs), list(inputs.values()))
+    want = torch.autograd.grad(loss(**inputs), list(inputs.values()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_second_derivative_without_a_word():
+    x = scan_inputs(1, 4, 8, 2)
+    leaf = x["x"].detach().requires_grad_()
+    y, _ = selective_scan(**x | {"x": leaf})
+    (grad,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="not twice differentiable"):
+        torch.autograd.grad(grad.sum(), leaf)
+
+
+def scan(**changes):
+    return lambda: selective_scan(**scan_inputs(2, 5, 8, 4) | changes)
+
+
+def conv(**changes):
+    return lambda: causal_conv1d(**conv_inputs(2, 5, 8, 4) | changes)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (scan(x=torch.zeros(2, 5)), "x: expected shape (batch, seqlen >= 1, d_inner), got (2, 5)"),
+        (scan(x=torch.zeros(2, 0, 8)), "x: expected shape (batch, seqlen >= 1, d_inner), got (2, 0, 8)"),
+        (scan(delta=torch.zeros(2, 5, 7)), "delta: expected shape (2, 5, 8), got (2, 5, 7)"),
+        (scan(A=torch.zeros(8)), "A: expected shape (d_inner, d_state), got (8,)"),
+        (scan(B=torch.zeros(2, 5, 3)), "B: expected shape (2, 5, 4), got (2, 5, 3)"),
+        (scan(D=torch.zeros(4)), "D: expected shape (8,), got (4,)"),
+        (scan(initial_state=torch.zeros(2, 4, 8)), "initial_state: expected shape (2, 8, 4), got (2, 4, 8)"),
+        (scan(seq_idx=torch.zeros(5)), "seq_idx: expected shape (2, 5), got (5,)"),
+        (scan(seq_idx=torch.zeros(2, 5)), "seq_idx: expected integers, got torch.float32"),
+        (conv(weight=torch.zeros(8, 1, 4)), "weight: expected shape (8, d_conv), got (8, 1, 4)"),
+        (conv(bias=torch.zeros(4)), "bias: expected shape (8,), got (4,)"),
+        (conv(activation="relu"), "activation: expected 'silu' or None, got 'relu'"),
+        (conv(initial_state=torch.zeros(2, 8, 3)), "initial_state: expected shape (2, 8, 4), got (2, 8, 3)"),
+        (
+            lambda: causal_conv1d_update(torch.zeros(2, 8), torch.zeros(2, 8, 3), torch.zeros(8, 4)),
+            "conv_state: expected shape (2, 8, 4), got (2, 8, 3)",
+        ),
+        (
+            lambda: selective_state_update(
+                torch.zeros(2, 8, 4), torch.zeros(2, 8), torch.zeros(2, 1, 8), torch.zeros(8, 4), torch.zeros(2, 4),
+                torch.zeros(2, 4),
+            ),
+            "delta: expected shape (2, 8), got (2, 1, 8)",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        call()
+
+
+CPU = torch.device("cpu")
+
+
+def test_choice_of_backend():
+    assert choose_backend("scan", CPU) == Choice("cpu", "cpu device")
+    assert choose_backend("scan", CPU, "reference") == Choice("reference", "requested")
+    assert choose_backend("scan", CPU, "cpu") == Choice("cpu", "requested")
+    assert choose_backend("scan", CPU, dtype=torch.float64).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("requested", "dtype", "message"),
+    [
+        ("triton", None, "scan: backend 'triton' cannot run: it needs cuda tensors, got cpu"),
+        ("cpu", torch.float64, "scan: backend 'cpu' cannot run: it computes in float32, got float64 input"),
+        ("cqu", None, "scan: backend: expected one of auto, reference, cpu, triton, got 'cqu'; did you mean 'cpu'?"),
+    ],
+)
+def test_a_named_backend_that_cannot_run_raises_with_the_reason(requested, dtype, message):
+    with pytest.raises(UserError, match="^" + re.escape(message) + "$"):
+        choose_backend("scan", CPU, requested, dtype=dtype)
+
+
+def test_automatic_choice_of_the_reference_is_no_secret(monkeypatch):
+    from mambacus.ops import dispatch
+
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    choose_backend.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="slow reference implementation: the package numba is not installed"):
+            assert choose_backend("scan", CPU).name == "reference"
+    finally:
+        choose_backend.cache_clear()

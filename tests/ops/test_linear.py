@@ -1,0 +1,111 @@
+"""The matrix product for a CPU against torch in float64, and that it steps aside where it must."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_cases import assert_as_good_as, poisoned_memory, threads
+from torch import nn
+
+from mambacus.ops import Linear, linear
+from mambacus.ops.linear import interface
+
+SHAPES = [((1,), 80, 96), ((3,), 50, 48), ((2, 2), 97, 64), ((7,), 1, 16), ((16,), 145, 80), ((33,), 50, 48)]
+
+
+def inputs(rows, outputs, length, dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((*rows, length), (outputs, length), (outputs,))
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_torch(shape, dtype, monkeypatch):
+    monkeypatch.setattr(interface, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(interface, "CONVERTED_WEIGHTS", 48 * 16)  # several pieces
+    x, weight, bias = inputs(*shape, dtype)
+    for shift in (bias, None):
+        truth = F.linear(x.double(), weight.double(), None if shift is None else shift.double())
+        same_dtype = F.linear(x, weight, shift)
+        with poisoned_memory():
+            got = linear(x, weight, shift)
+        assert_as_good_as({"y": got}, {"y": same_dtype}, {"y": truth})
+
+
+def count_calls(monkeypatch):
+    from mambacus.ops.linear import cpu
+
+    calls = []
+    original = cpu.few_rows
+    monkeypatch.setattr(cpu, "few_rows", lambda *a: calls.append(1) or original(*a))
+    return calls
+
+
+def test_runs_the_kernel_for_few_rows_only(monkeypatch):
+    calls = count_calls(monkeypatch)
+    x, weight, _ = inputs((1,), 50, 48, torch.float32)
+    linear(x, weight)
+    linear(x.expand(interface.FEW_ROWS + 1, -1), weight)
+    assert len(calls) == 1
+
+
+def test_leaves_to_torch_what_is_not_its_own(monkeypatch):
+    calls = count_calls(monkeypatch)
+    x, weight, bias = inputs((2,), 50, 48, torch.float32)
+    linear(x.double(), weight.double())
+    linear(x[:, :47], weight[:, :47])
+    linear(x, inputs((2,), 48, 50, torch.float32)[1].T)
+    linear(x[:0], weight)
+    linear(x.to("meta"), weight.to("meta"))
+    linear(x, weight.requires_grad_())
+    with torch.no_grad(), torch.autocast("cpu"):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+    assert not calls
+    with torch.no_grad():
+        linear(x, weight)
+    assert calls
+
+
+def test_gradients_are_those_of_torch():
+    x, weight, bias = (t.requires_grad_() for t in inputs((3,), 50, 48, torch.float32))
+    got = torch.autograd.grad(linear(x, weight, bias).square().sum(), (x, weight, bias))
+    want = torch.autograd.grad(F.linear(x, weight, bias).square().sum(), (x, weight, bias))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_wrong_shapes_raise_as_torch_does():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.randn(2, 32), torch.randn(5, 48))
+
+
+def test_bit_identical_for_any_number_of_threads():
+    x, weight, _ = inputs((5,), 1024, 512, torch.float32)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(linear(x, weight))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it_beyond_rounding():
+    x, weight, _ = inputs((6,), 50, 48, torch.float32)
+    together = linear(x, weight)
+    for row in range(6):
+        torch.testing.assert_close(linear(x[row], weight), together[row], rtol=1e-5, atol=1e-6)
+
+
+def test_nan_is_seen():
+    x, weight, _ = inputs((5,), 50, 48, torch.float32)
+    x[2, 7] = float("nan")
+    y = linear(x, weight)
+    assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
+
+
+def test_module_is_an_ordinary_linear():
+    module = Linear(48, 5)
+    assert isinstance(module, nn.Linear) and list(module.state_dict()) == ["weight", "bias"]
+    x = torch.randn(3, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias), rtol=1e-5, atol=1e-6)
