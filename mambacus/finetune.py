@@ -36,7 +36,7 @@ class Config:
     batch_size: int = opt(32, "samples in one optimiser step")
     grad_accum: int = opt(1, "parts a step is split into to save memory; the gradient stays the same")
     max_length: int = opt(1024, "tokens of a sample; longer ones are dropped and counted")
-    pack_length: int = opt(-1, "tokens of a packed row; 0: one sample a row; -1: as --max-length")
+    pack_length: int = opt(-1, "tokens of a packed row; 0: one sample a row; -1: 2048, or --max-length if longer")
     loss: str = opt("answer", "train on the answer alone or on the full text", choices=("answer", "full"))
     rank: int = opt(16, "rank of the adapter")
     alpha: float = opt(32.0, "the adapter is scaled by alpha / rank")
@@ -78,6 +78,9 @@ def run(config: Config) -> Record:
     _check_vocabulary(samples, model, config.model)
     base_signature = signature(model)
     rate = config.lr or method.learning_rate(adapters.count_parameters(model)["total"])
+    torch.manual_seed(config.seed)
+    places = adapters.AdapterSettings(config.rank, config.alpha, config.dropout, config.targets)
+    trained = method.attach(model, places)
     claim_directory(
         config.out, "finetune", _identity(config, rate, autocast, device, samples, base_signature), resume=config.resume
     )
@@ -87,11 +90,8 @@ def run(config: Config) -> Record:
     run_plan = plan(
         [*map(len, samples)], epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size,
         grad_accum=config.grad_accum, seed=config.seed,
-        capacity=config.max_length if config.pack_length < 0 else config.pack_length,
+        capacity=max(2048, config.max_length) if config.pack_length < 0 else config.pack_length,
     )  # fmt: skip
-    torch.manual_seed(config.seed)
-    places = adapters.AdapterSettings(config.rank, config.alpha, config.dropout, config.targets)
-    trained = method.attach(model, places)
     parameters: dict[str, Any] = adapters.count_parameters(trained)
     parameters["targets"] = list(config.targets) if method.saves == "adapter" else ["all"]
     _announce(config, parameters, counts, run_plan.steps, rate)
@@ -109,7 +109,7 @@ def run(config: Config) -> Record:
         "learning_rate": rate,
         "autocast": str(autocast).removeprefix("torch."),
     }
-    record = watch.record("finetune", f"{config.model} + {config.method}", config, results)
+    record = watch.record("finetune", f"{Path(config.model).name} + {config.method}", config, results)
     write_record(config.out / RECORD, record)
     return record
 

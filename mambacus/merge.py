@@ -59,7 +59,7 @@ def run(config: Config) -> Record:
     identity = {"adapter": str(adapter.path.resolve()), "model": base, "dtype": config.dtype}
     claim_directory(config.out, "merge", identity | {"content": fingerprint(results)}, resume=True)
     save(merged, config.out, tokenizer)
-    record = watch.record("merge", f"{base} + {config.adapter.name}", config, results)
+    record = watch.record("merge", f"{Path(base).name} + {config.adapter.name}", config, results)
     write_record(config.out / RECORD, record)
     return record
 

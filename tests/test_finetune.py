@@ -89,7 +89,7 @@ def test_full_leaves_a_model(config: Callable[..., finetune.Config], tmp_path: P
     from mambacus.models import load
 
     record = finetune.run(config(method="full", grad_accum=2, pack_length=0))
-    check_record(record, 3) if record.results["data"]["packing_efficiency"] > 0.9 else None
+    check_record(record, 3)
     parameters = record.results["parameters"]
     assert parameters["trainable"] == parameters["total"]
     model, tokenizer = load(tmp_path / "run" / "model")
@@ -167,7 +167,7 @@ def test_what_a_user_can_get_wrong_is_one_line(
     assert error.startswith("mambacus finetune: error: ")
     assert "\n" not in error
     assert words in error
-    assert not (tmp_path / "run").exists() or files(tmp_path / "run") <= {"run.json"}
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_yaml_file_sets_what_flags_do_not(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,8 @@ def attach_lora(model: nn.Module, settings: AdapterSettings) -> nn.Module:
     """
     from peft import LoraConfig, get_peft_model
 
+    from mambacus.tuning.lora import TrainedLoraLinear
+
     check_targets(model, settings.targets)
     config = LoraConfig(
         r=settings.rank,
@@ -80,6 +82,7 @@ def attach_lora(model: nn.Module, settings: AdapterSettings) -> nn.Module:
         target_modules=list(settings.targets),
         task_type="CAUSAL_LM",
     )
+    config._register_custom_module({nn.Linear: TrainedLoraLinear})
     with silent_about_ties():
         return get_peft_model(model, config)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -321,6 +322,10 @@ class MambaTrainer(Trainer):
 
 
 def _arguments(settings: Settings, steps: int) -> TrainingArguments:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "finetune: expected one process, was launched as several; the plan of a run is not shared out yet"
+        )
     if settings.device.type == "cuda" and settings.device.index:
         raise UserError(
             f"--device {settings.device}: training takes the first GPU it sees; "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,18 @@ def samples() -> list[Sample]:
 def settings(tmp_path: Path) -> Settings:
     """Float32 on the CPU at a rate that moves a small model."""
     return Settings(tmp_path, torch.device("cpu"), None, learning_rate=1e-2, save_every=2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_collections() -> Iterator[None]:
+    """Let the garbage collection that opens every ``Trainer.train`` skip what the imports left: it is half of a run."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out fsync: it guards against a power cut, which no test makes, and takes most of a short run."""
+    monkeypatch.setattr("mambacus.tuning.checkpoints._force_to_disk", lambda path: None)
