@@ -17,7 +17,7 @@ from mambacus.models import MambaLM, MambaState
 
 Tokens = tuple[int, ...]
 ItemT = TypeVar("ItemT")
-LOGIT_BYTES = 512 * 2**20  # float32 logits held at once; long rows are read in steps that keep to it
+LOGIT_BYTES = 256 * 2**20  # float32 logits held at once; long rows are read in steps that keep to it
 FORKS_PER_ROW = 4  # rows of one pass over continuations, as a multiple of the batch size
 # Padding, in tokens, that one pass may hold rather than be split in two: about what a pass costs besides its tokens.
 PADDING_PER_PASS = {"cpu": 64, "cuda": 2048}
