@@ -173,17 +173,26 @@ def main(argv: Sequence[str]) -> None:
 
 def print_summary(out: Path) -> None:
     """Print what a finished study found: paired comparisons, checks, speed, and where the page lies."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from mambacus.reporting.tables import speed_lines, summary_rows
 
     found = read_record((out / PAGE).with_suffix(".json")).results
-    table = Table("task", "model", "before", "after", "change [95 %]", "p, Holm", "verdict")
-    for row in summary_rows(found["comparisons"]):
-        table.add_row(*row)
+    rows = summary_rows(found["comparisons"])
+    models = {row[1] for row in rows}
+    table = Table(title="".join(models) if len(models) == 1 else None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("task")
+    if len(models) > 1:
+        table.add_column("model")
+    for heading in ("before", "after", "change, 95 %", "p, Holm"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for task, model, *figures in rows:
+        table.add_row(task, *([model] if len(models) > 1 else []), *figures)
     say("")
-    if table.row_count:
+    if rows:
         Console(highlight=False).print(table)
     say(*found["checks"], *speed_lines(Path(source) for source in found["sources"]), *found["notices"])
     say(f"page: {out / PAGE}", style="bold")

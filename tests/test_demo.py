@@ -54,7 +54,7 @@ def test_the_summary_tells_gain_cost_checks_speed_and_where_the_page_lies(finish
     assert main(["demo", "--out", str(tmp_path / "d")]) == 0
     out = capsys.readouterr().out
     for words in (
-        *("4.3 %", "75.7 %", "+71.3 points", "[+67.4, +74.8]", "× 10⁻¹²⁴", "better"),
+        *("4.3 %", "75.7 %", "+71.3 points", "+67.4 to +74.8", "× 10⁻¹²⁴", "better"),
         *("55.43", "57.86", "+4.4 %", "worse", "all of their answers are equal to the last character"),
         *("finetune: 2 min 23 s, 8,380 tokens/s", "solve wordproblems with tiny: 1,834 tokens/s", "report.html"),
     ):

@@ -160,19 +160,18 @@ def _headline(views: Sequence[PairView]) -> str:
         gain, cost = _gain(view), _cost(view)
         parts = []
         if gain is not None:
-            verb = {"better": "rose", "worse": "fell", "open": "shows no difference:"}[gain.verdict]
-            name = task_info(gain.task).title
-            parts.append(
-                f"accuracy on {name} {verb} from {show(gain.metric, gain.before)} to {show(gain.metric, gain.after)}"
-            )
+            span = f"{show(gain.metric, gain.before)}", f"{show(gain.metric, gain.after)}"
+            verb = {
+                "better": "rose from {} to {}",
+                "worse": "fell from {} to {}",
+                "open": "shows no difference ({} → {})",
+            }
+            parts.append(f"accuracy on {task_info(gain.task).title} {verb[gain.verdict].format(*span)}")
         if cost is not None:
-            verb = {"better": "fell", "worse": "rose", "open": "changed"}[cost.verdict]
-            name = task_info(cost.task).title
-            parts.append(
-                f"perplexity on {name} {verb} by {change_text(cost).lstrip('+−')}"
-                if cost.verdict != "open"
-                else f"perplexity on {name} shows no difference ({change_text(cost)})"
-            )
+            size = change_text(cost)
+            verb = {"better": "fell by {}", "worse": "rose by {}", "open": "shows no difference ({})"}
+            text = verb[cost.verdict].format(size if cost.verdict == "open" else size.lstrip("+−"))
+            parts.append(f"perplexity on {task_info(cost.task).title} {text}")
         if parts:
             text = " and ".join(parts)
             sentences.append(f"{view.base} → {view.tuned}: {text}.")

@@ -98,7 +98,7 @@ def score_table(scores: Scores, labels: Sequence[str]) -> Table:
         if not any(found):
             continue
         up = next(score.higher_is_better for score in found if score is not None)
-        best = (max if up else min)(values, default=None) if len(values) > 1 else None
+        best = (max if up else min)(values) if len(set(values)) > 1 else None
         cells: list[Cell | str] = [Cell(task_info(key[0]).title, f"{metric_title(key[1])} {'↑' if up else '↓'}")]
         for score in found:
             if score is None:
@@ -330,7 +330,7 @@ def _plain(value: Any) -> str:
 def summary_rows(comparisons: Iterable[dict[str, Any]]) -> list[list[str]]:
     """Return the comparisons of a report record as rows for a terminal.
 
-    Columns: task, tuned model, before, after, change with interval, adjusted p-value, verdict.
+    Columns: task and metric, tuned model, before, after, change over its interval, adjusted p-value, verdict.
     """
     words = {"better": "better", "worse": "worse", "open": "not shown"}
     fields = {field.name for field in dataclasses.fields(Comparison)}
@@ -339,8 +339,8 @@ def summary_rows(comparisons: Iterable[dict[str, Any]]) -> list[list[str]]:
         row = Comparison(**{key: value for key, value in values.items() if key in fields})
         low, high = (change_text(dataclasses.replace(row, change=end)) for end in (row.low, row.high))
         found.append([
-            f"{task_info(row.task).title}, {metric_title(row.metric)}", row.tuned, show(row.metric, row.before),
-            show(row.metric, row.after), f"{change_text(row)}  [{low.split(' ')[0]}, {high.split(' ')[0]}]",
+            f"{task_info(row.task).title}\n{metric_title(row.metric)}", row.tuned, show(row.metric, row.before),
+            show(row.metric, row.after), f"{change_text(row)}\n{low.split(' ')[0]} to {high.split(' ')[0]}",
             p_text(row.p_adjusted), words[row.verdict],
         ])  # fmt: skip
     return found
