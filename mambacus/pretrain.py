@@ -109,10 +109,7 @@ def run(config: Config) -> Record:
     results = training.summary() | {
         "parameters": {"total": sum(parameter.numel() for parameter in model.parameters())},
         "preparation_seconds": round(made_ready, 1),
-        "corpus": {
-            name: {"tokens": len(s.tokens), "documents": s.documents, "text_bytes": s.text_bytes}
-            for name, s in streams.items()
-        },
+        "corpus": {name: {"tokens": len(stream.tokens)} | stream.about() for name, stream in streams.items()},
         "samples": samples(model, tokenizer, _SAMPLE_PROMPTS, EOS_ID),
         "torch_autocast": "bfloat16" if device.type == "cuda" else "none",
         "torch_version": torch.__version__,

@@ -16,7 +16,7 @@ import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,17 @@ class Stream:
         tokens: uint16 (n,), each document led by the end-of-text token.
         documents: number of documents.
         text_bytes: UTF-8 length of the text, without the end-of-text tokens.
+        left_out: paragraphs with question-answer marks, or arithmetic questions that no rule makes a statement.
     """
 
     tokens: np.ndarray
     documents: int
     text_bytes: int
+    left_out: int = 0
+
+    def about(self) -> dict[str, int]:
+        """Return all but the tokens."""
+        return {"documents": self.documents, "text_bytes": self.text_bytes, "left_out": self.left_out}
 
 
 # Text
@@ -107,7 +113,7 @@ def read_text(data_dir: Path | None, *names: str, left_out: Counter[str] | None 
     Args:
         data_dir: the folder of ``--data-dir``.
         names: the sources, in this order.
-        left_out: counts, by source, the paragraphs that `without_marks` took out.
+        left_out: counts, by source (key of `sources.TEXT_FILES`), the paragraphs that `without_marks` took out.
 
     Raises:
         UserError: a source is missing or unreadable.
@@ -159,16 +165,18 @@ def sum_sheets(seed: int, shard: int, count: int) -> list[str]:
     return [fact_sheet(rng) for _ in range(count)]
 
 
-def statement_sheets(data_dir: Path | None) -> list[str]:
-    """Return the data folder's arithmetic questions as sheets of statements; those no rule fits are left out."""
-    rows = (row for path in text_files(data_dir, "arithmetic_train") for row in read_rows(path))
+def statement_sheets(data_dir: Path | None, left_out: Counter[str]) -> list[str]:
+    """Return the arithmetic questions as sheets of statements; count in ``left_out`` those that no rule fits."""
+    rows = [row for path in text_files(data_dir, "arithmetic_train") for row in read_rows(path)]
     told = [text for row in rows if (text := statement(row["question"], row["answer"])) is not None]
+    left_out["arithmetic_train"] += len(rows) - len(told)
     return ["\n".join(told[at : at + _STATEMENTS_PER_SHEET]) for at in range(0, len(told), _STATEMENTS_PER_SHEET)]
 
 
 # Tokens, in parallel
 
 _GENERATORS: Mapping[str, Callable[[int, int, int], list[str]]] = {"narratives": narratives, "sums": sum_sheets}
+_Part = tuple[bytes, int, int]  # uint16 token bytes, documents, text bytes
 _tokenizer: Any = None
 
 
@@ -180,8 +188,8 @@ def _open_worker(tokenizer_file: str) -> None:
     _tokenizer = Tokenizer.from_file(tokenizer_file)
 
 
-def _encode(pieces: list[tuple[bool, str]]) -> tuple[bytes, int, int]:
-    """Return (uint16 token bytes, documents, text bytes) of pieces of documents."""
+def _encode(pieces: list[tuple[bool, str]]) -> _Part:
+    """Encode pieces of documents."""
     encodings = _tokenizer.encode_batch_fast([text for _, text in pieces], add_special_tokens=False)
     ids: list[int] = []
     for (first, _), encoding in zip(pieces, encodings, strict=True):
@@ -192,7 +200,7 @@ def _encode(pieces: list[tuple[bool, str]]) -> tuple[bytes, int, int]:
     return np.asarray(ids, dtype=np.uint16).tobytes(), sum(first for first, _ in pieces), text_bytes
 
 
-def _generate(kind: str, seed: int, shard: int, count: int) -> tuple[bytes, int, int]:
+def _generate(kind: str, seed: int, shard: int, count: int) -> _Part:
     return _encode([(True, text) for text in _GENERATORS[kind](seed, shard, count)])
 
 
@@ -219,12 +227,12 @@ def build_streams(
     if cached is not None:
         return cached
     with _pool(workers, tokenizer_file) as pool:
-        streams = {name: _collect(parts) for name, parts in _submit(pool, data_dir, recipe).items()}
+        parts, left_out = _submit(pool, data_dir, recipe)
+        streams = {name: _collect(parts[name], left_out[name]) for name in parts}
     cache.mkdir(parents=True, exist_ok=True)
     for name, stream in streams.items():
         np.save(cache / f"{name}.npy", stream.tokens)
-    about = {name: {"documents": s.documents, "text_bytes": s.text_bytes} for name, s in streams.items()}
-    write_json_atomic(cache / "streams.json", {"key": key, "streams": about})
+    write_json_atomic(cache / "streams.json", {"key": key, "streams": {n: s.about() for n, s in streams.items()}})
     return streams
 
 
@@ -237,9 +245,12 @@ def _pool(workers: int, tokenizer_file: Path) -> Executor:
     return ProcessPoolExecutor(workers, context, *start)
 
 
-def _submit(pool: Executor, data_dir: Path | None, recipe: Recipe) -> dict[str, list[Any]]:
-    """Hand out all work; return the pending parts of each stream in order."""
-    parts: dict[str, list[Any]] = {name: [] for name in (*STREAMS, *VALID_STREAMS)}
+def _submit(
+    pool: Executor, data_dir: Path | None, recipe: Recipe
+) -> tuple[dict[str, list[Future[_Part]]], dict[str, int]]:
+    """Hand out all work; return the pending parts of each stream in order, and what was left out of each."""
+    left_out: Counter[str] = Counter()
+    parts: dict[str, list[Future[_Part]]] = {name: [] for name in (*STREAMS, *VALID_STREAMS)}
     for kind, total in (("narratives", recipe.narratives), ("sums", recipe.sum_sheets)):
         for shard, start in enumerate(range(0, total, _DOCUMENTS_PER_TASK)):
             count = min(_DOCUMENTS_PER_TASK, total - start)
@@ -247,20 +258,22 @@ def _submit(pool: Executor, data_dir: Path | None, recipe: Recipe) -> dict[str, 
     held_out = ("narratives", recipe.seed, -1, _VALID_NARRATIVES)  # a shard that training never asks for
     parts["narratives_valid"].append(pool.submit(_generate, *held_out))
     texts = {
-        "sums": (statement_sheets(data_dir), 0),
-        "text": (read_text(data_dir, "stories_train", "books_train"), recipe.max_text_chars),
-        "books_valid": (read_text(data_dir, "books_valid"), recipe.max_text_chars),
-        "stories_valid": (read_text(data_dir, "stories_valid"), 0),
+        "sums": (statement_sheets(data_dir, left_out), 0),
+        "text": (read_text(data_dir, "stories_train", "books_train", left_out=left_out), recipe.max_text_chars),
+        "books_valid": (read_text(data_dir, "books_valid", left_out=left_out), recipe.max_text_chars),
+        "stories_valid": (read_text(data_dir, "stories_valid", left_out=left_out), 0),
     }
     for name, (documents, limit) in texts.items():
         parts[name] += [pool.submit(_encode, task) for task in _chunks(documents, limit)]
-    return parts
+    sources = {"text": ("stories_train", "books_train"), "sums": ("arithmetic_train",)}
+    return parts, {name: sum(left_out[source] for source in sources.get(name, (name,))) for name in parts}
 
 
-def _collect(parts: list[Any]) -> Stream:
+def _collect(parts: list[Future[_Part]], left_out: int) -> Stream:
     results = [part.result() for part in parts]
     tokens = np.frombuffer(b"".join(data for data, _, _ in results), dtype=np.uint16)
-    return Stream(tokens, sum(documents for _, documents, _ in results), sum(size for _, _, size in results))
+    documents, text_bytes = sum(count for _, count, _ in results), sum(size for _, _, size in results)
+    return Stream(tokens, documents, text_bytes, left_out)
 
 
 def _read_cache(cache: Path, key: str) -> dict[str, Stream] | None:

@@ -38,6 +38,10 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if name == "arithmetic_train":
                 row = {"question": "What is 2 + 3?", "answer": "5"}
             line = (json.dumps(row) + "\n").encode() * 2
+            if name == "arithmetic_train":
+                line += json.dumps({"question": "Is 7 prime?", "answer": "True"}).encode() + b"\n"
+            if name == "books_valid":
+                line += json.dumps({"id": "m", "text": "One.\n\nAnswer: two."}).encode() + b"\n"
             (folder / "text" / file).write_bytes(gzip.compress(line) if file.endswith(".gz") else line)
     return folder
 
@@ -80,6 +84,10 @@ def test_documents_start_with_eos_and_decode_to_the_text(
     text = tokenizer.decode([*map(int, streams["text"].tokens)], skip_special_tokens=False)
     documents = text.split("<|endoftext|>")[1:]
     assert documents == list(read_text(small_data, "stories_train", "books_train"))
+    assert {name: stream.left_out for name, stream in streams.items() if stream.left_out} == {
+        "sums": 1,
+        "books_valid": 1,
+    }
     assert streams["text"].text_bytes == sum(map(len, documents))
     stories = tokenizer.decode([*map(int, streams["narratives"].tokens)], skip_special_tokens=False)
     assert stories.split("<|endoftext|>")[1:] == corpus.narratives(0, 0, 60)
@@ -101,7 +109,7 @@ def test_cache_is_read_for_the_same_recipe_only(
     monkeypatch.setattr(corpus, "_submit", lambda *_: pytest.fail("made again"))
     again = build(tmp_path)
     assert all(np.array_equal(first[name].tokens, again[name].tokens) for name in first)
-    assert again["text"].documents == first["text"].documents
+    assert all(first[name].about() == again[name].about() for name in first)
     with pytest.raises(pytest.fail.Exception, match="made again"):
         build(tmp_path, Recipe(narratives=61, sum_sheets=10, seed=0))
 
