@@ -74,12 +74,15 @@ def run(config: Config) -> Record:
         UserError: a fault of a step, naming the stage and how to go on; or an ``out`` that holds another study.
     """
     from mambacus.runtime.outputs import claim_directory
-    from mambacus.studies.progress import is_done, write_ledger
+    from mambacus.studies.progress import check_training_data, is_done, write_ledger
 
     watch = Stopwatch()
     recipe, plan = prepare(config)
     claim_directory(plan.out, "study", {"recipe": recipe.name}, resume=config.resume)
     done = [is_done(step, plan.out) for step in plan.steps]  # all checked before the first long step
+    for step, finished in zip(plan.steps, done, strict=True):
+        if step.verb == "finetune" and not finished:
+            check_training_data(step)
     ledger = write_ledger(plan, recipe, config, watch)
     say(*plan.notes)
     for number, step in enumerate(plan.steps, start=1):

@@ -134,6 +134,21 @@ def test_a_fault_of_the_program_keeps_its_traceback_and_names_the_stage(stubs, r
     assert "in stage baseline: solve m" in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("owner/orca", "'owner/orca' is neither a JSONL file nor one of gsm8k"),
+        ("none.jsonl", "no such file: none.jsonl"),
+        ("gsm8k", "the math set 'gsm8k'"),
+    ],
+)
+def test_training_data_is_looked_for_before_the_baselines_run(stubs, recipe, tmp_path, capsys, data, words):
+    recipe.write_text(RECIPE.replace("wordproblems:10", data))
+    assert run_study(recipe, tmp_path / "s") == 2
+    assert words in capsys.readouterr().err
+    assert stubs.calls == []
+
+
 def test_without_resume_nothing_is_touched(stubs, recipe, tmp_path, capsys):
     assert run_study(recipe, tmp_path / "s") == 0
     assert run_study(recipe, tmp_path / "s") == 2
