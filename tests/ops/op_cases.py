@@ -27,8 +27,8 @@ def scan_inputs(
     B, C = normal(batch, seqlen, 2 * d_state).to(dtype).chunk(2, dim=-1)
     A = -4 * torch.rand(d_inner, d_state, generator=generator)
     return {
-        "x": x, "delta": normal(batch, seqlen, d_inner).to(dtype), "A": A, "B": B, "C": C, "D": normal(d_inner), "z": z, "delta_bias": normal(d_inner) - 3,
-        "initial_state": normal(batch, d_inner, d_state),
+        "x": x, "delta": normal(batch, seqlen, d_inner).to(dtype), "A": A, "B": B, "C": C, "D": normal(d_inner), "z": z,
+        "delta_bias": normal(d_inner) - 3, "initial_state": normal(batch, d_inner, d_state),
     }  # fmt: skip
 
 

@@ -12,10 +12,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from mambacus.ops.simd import LANES, VECTOR, load, load_bfloat16, splat, store_float, total
+from mambacus.ops.simd import LANES, VECTOR, load, load_bfloat16, prefetch, splat, store_float, total
 from mambacus.ops.threads import Kernel, thread_count
 
 OUTPUTS = 48  # outputs of one task; a multiple of the three that a tile computes
+AHEAD = 2048  # bytes from the weights being read to those asked for
 NANOSECONDS_PER_WEIGHT = 0.25  # of one thread
 NANOSECONDS_PER_PRODUCT = 0.03
 
@@ -34,6 +35,9 @@ def dot(x, weight, length, half):
     a, b, c, d = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     fours = length - length % (4 * LANES)
     for k in range(0, fours, 4 * LANES):
+        ahead = weight + k * (2 if half else 4) + AHEAD
+        prefetch(ahead)
+        prefetch(ahead + 2 * VECTOR)
         a = a + load(x + 4 * k) * read_weights(weight, k, half)
         b = b + load(x + 4 * k + VECTOR) * read_weights(weight, k + LANES, half)
         c = c + load(x + 4 * k + 2 * VECTOR) * read_weights(weight, k + 2 * LANES, half)
@@ -52,10 +56,16 @@ def store_three(address, a, b, c):
 
 
 @njit
-def tile(x, x_row, weight, weight_row, length, half, y, y_row):
-    """Compute four rows times three outputs: the twelve sums and what they need fill the sixteen vector registers."""
+def tile(x, x_row, weight, weight_row, length, half, y, y_row, ahead, stride):
+    """Compute four rows times three outputs: the twelve sums and what they need fill the sixteen vector registers.
+
+    Meanwhile ask for the memory from ``ahead`` on, ``stride`` bytes for each vector of the length.
+    """
     a0 = a1 = a2 = b0 = b1 = b2 = c0 = c1 = c2 = d0 = d1 = d2 = splat(0.0)
     for k in range(0, length, LANES):
+        prefetch(ahead)
+        prefetch(ahead + stride // 2)
+        ahead += stride
         w0 = read_weights(weight, k, half)
         w1 = read_weights(weight + weight_row, k, half)
         w2 = read_weights(weight + 2 * weight_row, k, half)
@@ -80,10 +90,14 @@ def compute_outputs(p, first, last, half):
     weight_row, x_row, y_row = length * (2 if half else 4), length * 4, outputs * 4
     tiled_rows = rows - rows % 4
     tiled_last = first + (last - first) // 3 * 3 if tiled_rows else first
+    tiles = max(1, tiled_rows // 4)
+    stride = -(-3 * LANES * (2 if half else 4) // tiles)  # the tiles share the work of asking for the next weights
     for n in range(first, tiled_last, 3):
         w = weight + n * weight_row
-        for m in range(0, tiled_rows, 4):
-            tile(x + m * x_row, x_row, w, weight_row, length, half, y + m * y_row + 4 * n, y_row)
+        for i in range(tiled_rows // 4):
+            ahead = w + 3 * weight_row + i * stride * (length // LANES)
+            place = y + 4 * i * y_row + 4 * n
+            tile(x + 4 * i * x_row, x_row, w, weight_row, length, half, place, y_row, ahead, stride)
         for m in range(tiled_rows, rows):
             for i in range(3):
                 store_float(y + m * y_row + 4 * (n + i), dot(x + m * x_row, w + i * weight_row, length, half))
@@ -96,7 +110,8 @@ def compute_outputs(p, first, last, half):
 def few_rows_kernel(p, thread, threads):
     """Compute the tasks of this thread; the dtype is settled outside the loops."""
     outputs, half = p[1], p[6]
-    for task in range(thread, -(-outputs // OUTPUTS), threads):
+    tasks = -(-outputs // OUTPUTS)
+    for task in range(tasks * thread // threads, tasks * (thread + 1) // threads):  # neighbours: one stream of memory
         first, last = task * OUTPUTS, min((task + 1) * OUTPUTS, outputs)
         if half:
             compute_outputs(p, first, last, True)
