@@ -251,7 +251,7 @@ class Engine:
                 index = torch.tensor(alive, device=tokens.device)
                 rows, tokens, state = [rows[k] for k in alive], tokens[index], state.select(index)
                 seen = None if seen is None else seen[index]
-            out = self.model(input_ids=tokens[:, None], state=state)
+            out = self.model(input_ids=tokens[:, None], state=state, reuse_state=True)
             logits, state = out.logits[:, 0], out.state
         self.stats.decode_seconds += time.perf_counter() - began
 

@@ -74,9 +74,9 @@ def _decode_mambacus(model: torch.nn.Module, input_ids: torch.Tensor, new_tokens
 
     @torch.inference_mode()
     def step() -> None:
-        state, token = prompt.state, prompt.logits[:, -1:].argmax(-1)
+        state, token = prompt.state.fork(1), prompt.logits[:, -1:].argmax(-1)  # a copy: the steps change it in place
         for _ in range(new_tokens):
-            out = model(token, state=state)
+            out = model(token, state=state, reuse_state=True)
             state, token = out.state, out.logits[:, -1:].argmax(-1)
 
     return step

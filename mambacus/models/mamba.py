@@ -38,6 +38,7 @@ from mambacus.ops import (
     causal_conv1d,
     causal_conv1d_update,
     linear,
+    rms_norm,
     selective_scan,
     selective_state_update,
 )
@@ -91,10 +92,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` (..., d_model)."""
-        if x.dtype == self.weight.dtype and x.dtype.itemsize >= 4:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        normed = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), self.weight.shape, eps=self.eps)
-        return normed.to(self.weight.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class CausalConv1d(nn.Conv1d):
@@ -105,12 +103,14 @@ class CausalConv1d(nn.Conv1d):
         self.backend = "auto"
 
     def forward(  # type: ignore[override]  # (batch, seqlen, d_inner), the layout of the linear layers beside it
-        self, x: Tensor, seq_idx: Tensor | None = None, conv_state: Tensor | None = None
+        self, x: Tensor, seq_idx: Tensor | None = None, conv_state: Tensor | None = None, reuse_state: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Filter ``x`` (batch, seqlen, d_inner); return it with the new conv_state."""
         taps = self.weight.squeeze(1)  # (d_inner, d_conv)
         if conv_state is not None and seq_idx is None and x.shape[1] == 1:
-            y, conv_state = causal_conv1d_update(x.squeeze(1), conv_state, taps, self.bias, backend=self.backend)
+            y, conv_state = causal_conv1d_update(
+                x.squeeze(1), conv_state, taps, self.bias, out=conv_state if reuse_state else None, backend=self.backend
+            )
             return y.unsqueeze(1), conv_state
         return causal_conv1d(x, taps, self.bias, seq_idx=seq_idx, initial_state=conv_state, backend=self.backend)
 
@@ -146,17 +146,25 @@ class MambaMixer(_KeepsFloat32):
         self.out_proj = Linear(d_inner, config.d_model, bias=config.use_bias)
 
     def forward(
-        self, hidden: Tensor, seq_idx: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None
+        self,
+        hidden: Tensor,
+        seq_idx: Tensor | None,
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
+        reuse_state: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mix the tokens of ``hidden`` (batch, seqlen, d_model); return it with the new conv_state and ssm_state."""
         x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (batch, seqlen, d_inner) each
-        x, conv_state = self.conv1d(x, seq_idx, conv_state)
+        x, conv_state = self.conv1d(x, seq_idx, conv_state, reuse_state)
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
         delta = self.dt_proj(dt)  # (batch, seqlen, d_inner)
         A = -torch.exp(self.A_log)
         if ssm_state is not None and seq_idx is None and x.shape[1] == 1:
             x, delta, B, C, z = (tensor.squeeze(1) for tensor in (x, delta, B, C, z))  # (batch, ...)
-            y, ssm_state = selective_state_update(ssm_state, x, delta, A, B, C, self.D, z, backend=self.backend)
+            out = ssm_state if reuse_state else None
+            y, ssm_state = selective_state_update(
+                ssm_state, x, delta, A, B, C, self.D, z, out=out, backend=self.backend
+            )
             y = y.unsqueeze(1)
         else:
             y, ssm_state = selective_scan(
@@ -195,10 +203,15 @@ class Block(nn.Module):
         self.mixer = MambaMixer(config)
 
     def forward(
-        self, residual: Tensor, seq_idx: Tensor | None, conv_state: Tensor | None, ssm_state: Tensor | None
+        self,
+        residual: Tensor,
+        seq_idx: Tensor | None,
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
+        reuse_state: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Add the block's output to ``residual`` (batch, seqlen, d_model); return it with the new states."""
-        mixed, conv_state, ssm_state = self.mixer(self.norm(residual), seq_idx, conv_state, ssm_state)
+        mixed, conv_state, ssm_state = self.mixer(self.norm(residual), seq_idx, conv_state, ssm_state, reuse_state)
         return residual + mixed, conv_state, ssm_state
 
 
@@ -213,7 +226,12 @@ class Backbone(nn.Module):
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(
-        self, input_ids: Tensor, seq_idx: Tensor | None, state: MambaState | None, checkpointing: bool
+        self,
+        input_ids: Tensor,
+        seq_idx: Tensor | None,
+        state: MambaState | None,
+        checkpointing: bool,
+        reuse_state: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the normed hidden states (batch, seqlen, d_model) and the stacked conv_state and ssm_state."""
         residual = self.embeddings(input_ids)  # (batch, seqlen, d_model)
@@ -225,10 +243,13 @@ class Backbone(nn.Module):
             if checkpointing:
                 residual, conv_state, ssm_state = checkpoint(block, residual, seq_idx, *before, use_reentrant=False)
             else:
-                residual, conv_state, ssm_state = block(residual, seq_idx, *before)
+                residual, conv_state, ssm_state = block(residual, seq_idx, *before, reuse_state)
             conv_states.append(conv_state)
             ssm_states.append(ssm_state)
-        return self.norm_f(residual), torch.stack(conv_states), torch.stack(ssm_states)
+        hidden = self.norm_f(residual)
+        if reuse_state and state is not None:
+            return hidden, state.conv_state, state.ssm_state
+        return hidden, torch.stack(conv_states), torch.stack(ssm_states)
 
 
 class MambaLM(nn.Module):
@@ -313,6 +334,7 @@ class MambaLM(nn.Module):
         logits_at: Tensor | None = None,
         *,
         loss_only: bool = False,
+        reuse_state: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         **foreign: None,
     ) -> MambaOutput:
@@ -328,6 +350,8 @@ class MambaLM(nn.Module):
                 scored are -100, the first token of a document, and padding.
             logits_at: int64 (batch, k), positions whose logits are wanted; all if None. Excludes ``labels``.
             loss_only: compute logits only where there is a label, and do not return them.
+            reuse_state: ``state`` is needed no more: where one token a row is read without gradients, the new state
+                takes its memory, which saves decoding a copy of all states at every token.
             num_items_in_batch: divide the summed loss by this number of tokens instead of their number here: the name
                 under which transformers' Trainer passes the count over all accumulated batches.
             foreign: arguments of other models that PEFT passes as None.
@@ -344,7 +368,9 @@ class MambaLM(nn.Module):
             raise TypeError(f"MambaLM.forward: unknown argument {', '.join(unknown)}; masks are expressed by seq_idx")
         self._check(input_ids, seq_idx, state, labels, logits_at)
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
-        hidden, conv_state, ssm_state = self.backbone(input_ids, seq_idx, state, checkpointing)
+        reuse_state = reuse_state and state is not None and seq_idx is None and input_ids.shape[1] == 1
+        reuse_state = reuse_state and not torch.is_grad_enabled()
+        hidden, conv_state, ssm_state = self.backbone(input_ids, seq_idx, state, checkpointing, reuse_state)
         new_state = MambaState(conv_state, ssm_state, _count_tokens(input_ids, seq_idx, state))
         if labels is None:
             if logits_at is not None:

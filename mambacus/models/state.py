@@ -20,7 +20,9 @@ _NAMES = ("conv_state", "ssm_state", "tokens")
 
 @dataclasses.dataclass(frozen=True)
 class MambaState:
-    """What a model remembers of each row of a batch after some tokens. Its tensors are never changed in place.
+    """What a model remembers of each row of a batch after some tokens.
+
+    Its tensors are never changed in place, except by a model that is told ``reuse_state=True``.
 
     Attributes:
         conv_state: the last ``d_conv`` inputs of every convolution, oldest first, zeros before the document's start,

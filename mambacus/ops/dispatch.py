@@ -8,6 +8,7 @@ import importlib.util
 import warnings
 
 import torch
+from torch import Tensor, nn
 
 from mambacus.runtime.errors import UserError, suggest
 
@@ -77,3 +78,8 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype | None) -> 
     if dtype == torch.float64:
         return "it computes in float32, got float64 input"
     return None
+
+
+def runs_eagerly_on_cpu(tensor: Tensor) -> bool:
+    """Tell whether a kernel may be called on ``tensor`` past torch's dispatcher: real CPU memory, nothing traces."""
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()

@@ -135,6 +135,11 @@ def floats(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
+def is_floats(tensor: Tensor) -> bool:
+    """Tell whether a kernel can write to ``tensor`` as it is: contiguous float32."""
+    return tensor.dtype == torch.float32 and tensor.is_contiguous()
+
+
 def address(tensor: Tensor | None) -> int:
     """Return where the tensor's memory begins, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -93,6 +93,16 @@ for _function, _instruction in ((operator.iadd, "fadd"), (operator.isub, "fsub")
     _define_operator(_function, _instruction)
 
 
+def _upper_halves(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Return the bits of ``value`` as bfloat16, rounded to nearest, ties to even; NaN stays NaN."""
+    bits = builder.bitcast(value, _INTS)
+    odd = builder.and_(builder.lshr(bits, _constant(16, _INTS)), _constant(1, _INTS))
+    rounded = builder.add(builder.add(bits, _constant(0x7FFF, _INTS)), odd)
+    quiet_nan = builder.or_(bits, _constant(0x400000, _INTS))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.lshr(builder.select(is_nan, quiet_nan, rounded), _constant(16, _INTS))
+
+
 @intrinsic
 def splat(typing_context: Any, value: Any) -> Any:
     """Return a vector with ``value`` in every lane."""
@@ -197,17 +207,22 @@ def store_bfloat16(typing_context: Any, address: Any, value: Any) -> Any:
     """Write a vector as bfloat16, rounded to nearest, ties to even; NaN stays NaN."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        bits = builder.bitcast(args[1], _INTS)
-        odd = builder.and_(builder.lshr(bits, _constant(16, _INTS)), _constant(1, _INTS))
-        rounded = builder.add(builder.add(bits, _constant(0x7FFF, _INTS)), odd)
-        quiet_nan = builder.or_(bits, _constant(0x400000, _INTS))
-        is_nan = builder.fcmp_unordered("uno", args[1], args[1])
-        upper = builder.lshr(builder.select(is_nan, quiet_nan, rounded), _constant(16, _INTS))
+        upper = _upper_halves(builder, args[1])
         pointer = builder.inttoptr(args[0], _HALVES.as_pointer())
         builder.store(builder.trunc(upper, _HALVES), pointer, align=2)
         return context.get_dummy_value()
 
     return types.void(types.int64, vector), generate
+
+
+@intrinsic
+def round_bfloat16(typing_context: Any, value: Any) -> Any:
+    """Return ``value`` as bfloat16 would keep it."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.bitcast(builder.shl(_upper_halves(builder, args[0]), _constant(16, _INTS)), _FLOATS)
+
+    return vector(vector), generate
 
 
 @intrinsic

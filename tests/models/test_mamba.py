@@ -115,6 +115,26 @@ def test_token_by_token_equals_one_pass(backend: str) -> None:
     assert error(state.ssm_state, whole.state.ssm_state) <= 1e-5
 
 
+@BACKENDS
+def test_a_state_that_may_be_reused_is_changed_in_place_where_tokens_come_one_by_one(backend: str) -> None:
+    model = small_model(backend=backend)
+    ids = tokens(3, 9)
+    given, mine = (model(ids[:, :3]).state.detach().fork(1) for _ in range(2))
+    with torch.no_grad():
+        for t in range(3, 9):
+            want, out = model(ids[:, t : t + 1], state=given), model(ids[:, t : t + 1], state=mine, reuse_state=True)
+            assert out.state.ssm_state.data_ptr() == mine.ssm_state.data_ptr()
+            assert torch.equal(out.logits, want.logits)
+            for name in ("conv_state", "ssm_state", "tokens"):
+                assert torch.equal(getattr(out.state, name), getattr(want.state, name))
+            given, mine = want.state, out.state
+    before = mine.ssm_state.clone()
+    with torch.no_grad():
+        model(ids, state=mine, reuse_state=True)  # several tokens at once
+    model(ids[:, :1], state=mine, reuse_state=True)  # gradients may be wanted
+    assert torch.equal(mine.ssm_state, before)
+
+
 def lay_out(documents: list[Tensor], layout: str) -> tuple[Tensor, Tensor | None, list[tuple[int, slice]]]:
     """Return input_ids and seq_idx of documents in one batch, and (row, columns) of each document."""
     lengths = [len(document) for document in documents]

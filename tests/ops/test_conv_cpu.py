@@ -128,6 +128,20 @@ def test_update(shape, dtype):
         assert_as_good_as(*(dict(zip(("y", "state"), r, strict=True)) for r in (got, same_dtype, truth)))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("d_inner", [96, 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_update_in_given_memory(dtype, d_inner, backend):
+    inputs = conv_inputs(3, 1, d_inner, 4, dtype)
+    x, state, rest = inputs["x"].squeeze(1), inputs["initial_state"], (inputs["weight"], inputs["bias"])
+    want_y, want = causal_conv1d_update(x, state, *rest, backend=backend)
+    for out in (torch.full_like(state, torch.nan), torch.full_like(state, torch.nan, dtype=torch.float32), state):
+        y, new_state = causal_conv1d_update(x, state, *rest, out=out, backend=backend)
+        assert new_state is out and torch.equal(out, want.to(out.dtype)) and torch.equal(y, want_y)
+    with pytest.raises(ValueError, match="out: expected None where a gradient is needed"):
+        causal_conv1d_update(x, state.requires_grad_(), *rest, out=out)
+
+
 def test_update_is_differentiable():
     inputs = conv_inputs(2, 1, 16, 4)
     x, state = inputs["x"].squeeze(1), inputs["initial_state"].requires_grad_()

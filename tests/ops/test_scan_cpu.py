@@ -191,6 +191,21 @@ def test_update(shape, dtype):
     assert torch.equal(state, inputs["initial_state"])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("d_inner", "d_state"), [(96, 16), (13, 5)], ids=["whole vectors", "odd"])
+def test_update_in_given_memory(d_inner, d_state, backend):
+    inputs = scan_inputs(3, 1, d_inner, d_state)
+    one = {k: v.squeeze(1) if k in ("x", "delta", "B", "C", "z") else v for k, v in inputs.items()}
+    state = one.pop("initial_state")
+    want_y, want = selective_state_update(state, **one, backend=backend)
+    elsewhere, narrow = torch.full_like(state, torch.nan), torch.full_like(state, torch.nan, dtype=torch.bfloat16)
+    for out in (elsewhere, narrow, state):
+        y, new_state = selective_state_update(state, **one, out=out, backend=backend)
+        assert new_state is out and torch.equal(out, want.to(out.dtype)) and torch.equal(y, want_y)
+    with pytest.raises(ValueError, match="out: expected None where a gradient is needed"):
+        selective_state_update(state.requires_grad_(), **one, out=elsewhere)
+
+
 def test_update_is_differentiable_and_deterministic():
     inputs = scan_inputs(4, 1, 640, 16)
     one = {k: v.squeeze(1) if k in ("x", "delta", "B", "C", "z") else v for k, v in inputs.items()}

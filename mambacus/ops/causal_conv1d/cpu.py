@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mambacus.ops.causal_conv1d.cpu_kernels import GROUP, VECTORS, conv_backward, conv_forward
-from mambacus.ops.rows import address, channel_rows, document_ids, readable, view
+from mambacus.ops.causal_conv1d.cpu_kernels import GROUP, VECTORS, conv_backward, conv_forward, conv_update
+from mambacus.ops.rows import address, channel_rows, document_ids, is_floats, readable, view
 from mambacus.ops.simd import LANES
 from mambacus.ops.threads import thread_count
 
@@ -91,7 +91,24 @@ def backward(
     )
 
 
-def update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
-    """Run the kernel behind ``mambacus::causal_conv1d_update``: the convolution of one token from a state."""
-    y, new_state = forward(x.unsqueeze(1), weight, bias, silu, None, conv_state)
-    return y.squeeze(1), new_state
+def update(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel behind ``mambacus::causal_conv1d_update``; see `mambacus.ops.causal_conv1d_update`."""
+    given, (batch, channels) = x.dtype, x.shape
+    x, bias = readable(x), None if bias is None else readable(bias)
+    d_inner, d_conv = x.shape[1], weight.shape[1]
+    weight, state = channel_rows(weight, d_inner), channel_rows(conv_state, d_inner)
+    y = torch.empty(batch, d_inner, dtype=x.dtype)
+    whole = d_inner == channels
+    new_state = out if out is not None and whole and is_floats(out) else torch.empty_like(state)
+    arguments = [
+        batch, 1, d_inner, d_conv, int(silu), 0, address(weight), address(state), 0, *view(x), *view(bias),
+        address(new_state), *view(y),
+    ]  # fmt: skip
+    conv_update(arguments, thread_count(batch * -(-d_inner // GROUP), FORWARD_NANOSECONDS * x.numel()))
+    if not whole:
+        y, new_state = y[:, :channels].contiguous(), new_state[:, :channels].contiguous()
+    if out is None:
+        return y.to(given), new_state.to(given)
+    return y.to(given), out if new_state is out else out.copy_(new_state)

@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from mambacus.ops.rows import VIEW_FIELDS, View, clear, gather, is_padding, read, read_view, restarts, scatter, write
-from mambacus.ops.simd import LANES, VECTOR, load, sigmoid, splat, store
+from mambacus.ops.simd import LANES, VECTOR, load, load_float, sigmoid, splat, stack, store, store_float
 from mambacus.ops.threads import Kernel
 
 TILE = 32  # tokens taken through one vector of channels before the next
@@ -107,6 +107,35 @@ def conv_forward(p, thread, threads):
         for channel in range(start, stop, LANES):
             row = 4 * (b * g.d_inner + channel) * g.d_conv
             scatter(final_state + row, windows + (channel - start) // LANES * block, g.d_conv)
+
+
+@Kernel
+def conv_update(p, thread, threads):
+    """Convolve one token of every row; channel by channel, since the windows lie so in memory."""
+    g = read_given(p)
+    new_state, y = p[GIVEN_FIELDS], read_view(p, GIVEN_FIELDS + 1)
+    values, totals = stack(VECTORS), stack(VECTORS)
+    groups, row = -(-g.d_inner // GROUP), 4 * g.d_conv
+    for task in range(thread, g.batch * groups, threads):
+        b, start = task // groups, task % groups * GROUP
+        stop = min(start + GROUP, g.d_inner)
+        for channel in range(start, stop, LANES):
+            store(values + 4 * (channel - start), read(g.x, b, 0, channel))
+        for channel in range(start, stop):
+            taps, place = g.weight + channel * row, (b * g.d_inner + channel) * row
+            newest = load_float(values + 4 * (channel - start))
+            total = newest * load_float(taps + row - 4)
+            for i in range(0, row - 4, 4):
+                older = load_float(g.initial_state + place + i + 4)
+                store_float(new_state + place + i, older)
+                total += older * load_float(taps + i)
+            store_float(new_state + place + row - 4, newest)
+            store_float(totals + 4 * (channel - start), total)
+        for channel in range(start, stop, LANES):
+            total = load(totals + 4 * (channel - start))
+            if g.bias.address != 0:
+                total = total + read(g.bias, 0, 0, channel)
+            write(y, b, 0, channel, total * sigmoid(total) if g.silu else total)
 
 
 class Found(NamedTuple):

@@ -6,6 +6,7 @@ Each has the plain functions ``forward``, ``backward``, ``update`` with the argu
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mambacus.ops.causal_conv1d.reference import causal_conv1d_ref, causal_conv1d_update_ref
 from mambacus.ops.checks import check_shape, check_tokens
-from mambacus.ops.dispatch import choose_backend
+from mambacus.ops.dispatch import choose_backend, runs_eagerly_on_cpu
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? seq_idx, Tensor? initial_state"
 torch.library.define("mambacus::causal_conv1d_forward", f"({_INPUTS}) -> (Tensor y, Tensor final_state)")
@@ -91,6 +92,7 @@ def causal_conv1d_update(
     bias: Tensor | None = None,
     *,
     activation: str | None = "silu",
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Move the convolution by one token: `causal_conv1d` of a sequence of length one, with less overhead.
@@ -101,13 +103,15 @@ def causal_conv1d_update(
         weight: taps, oldest first, (d_inner, d_conv).
         bias: (d_inner,).
         activation: ``silu`` or None.
+        out: memory for the new state, shaped as ``conv_state``; it may be that itself, which then changes in place.
         backend: ``auto``, ``reference``, ``cpu`` or ``triton``.
 
     Returns:
-        y (batch, d_inner) and the new conv_state (batch, d_inner, d_conv), both in the dtype of ``x``.
+        y (batch, d_inner) and the new conv_state (batch, d_inner, d_conv), both in the dtype of ``x`` (``out`` keeps
+        its own).
 
     Raises:
-        ValueError: a shape does not fit or ``activation`` is unknown.
+        ValueError: a shape does not fit, ``activation`` is unknown, or a gradient is needed and ``out`` is given.
         UserError: the named backend cannot run here.
 
     Gradients:
@@ -115,15 +119,23 @@ def causal_conv1d_update(
     """
     silu = _check(x, weight, bias, activation, rank=2)
     check_shape("conv_state", conv_state, (x.shape[0], *weight.shape))
-    if choose_backend("causal_conv1d_update", x.device, backend, dtype=x.dtype).name == "reference":
-        return causal_conv1d_update_ref(x, conv_state, weight, bias, activation=activation)
+    check_shape("out", out, conv_state.shape)
     tensors = (x, conv_state, weight, bias)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if needs_grad and out is not None:
+        raise ValueError("out: expected None where a gradient is needed: it would overwrite what the gradient needs")
+    if choose_backend("causal_conv1d_update", x.device, backend, dtype=x.dtype).name == "reference":
+        y, state = causal_conv1d_update_ref(x, conv_state, weight, bias, activation=activation)
+        return y, state if out is None else out.copy_(state)
+    if needs_grad:
         y, state = causal_conv1d(
             x.unsqueeze(1), weight, bias, activation=activation, initial_state=conv_state, backend=backend
         )
         return y.squeeze(1), state
-    return torch.ops.mambacus.causal_conv1d_update(x, conv_state, weight, bias, silu)
+    if out is not None and runs_eagerly_on_cpu(x):
+        return _kernels("cpu").update(x, conv_state, weight, bias, silu, out)
+    y, state = torch.ops.mambacus.causal_conv1d_update(x, conv_state, weight, bias, silu)
+    return y, state if out is None else out.copy_(state)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, *, rank: int) -> bool:
@@ -139,6 +151,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     return activation == "silu"
 
 
+@functools.cache
 def _kernels(device_type: str) -> ModuleType:
     """Return the kernel module of a device type."""
     name = "gpu" if device_type == "cuda" else "cpu"

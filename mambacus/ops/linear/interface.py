@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambacus.ops.dispatch import runs_eagerly_on_cpu
+
 FEW_ROWS = 32  # up to here the own kernel is faster than torch's product
 _VECTOR = 16  # the kernel reads whole vectors of at most so many numbers
 CONVERTED_WEIGHTS = 1 << 22  # weights converted to float32 at a time: 16 MiB
@@ -61,7 +63,7 @@ class Linear(nn.Linear):
 def _runs_here(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Tell whether the kernels may run: plain CPU tensors of one dtype, outside autograd, autocast and tracing."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not runs_eagerly_on_cpu(x):
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambacus.ops.rows import address, channel_rows, document_ids, floats, readable, view
+from mambacus.ops.rows import address, channel_rows, document_ids, floats, is_floats, readable, view
 from mambacus.ops.selective_scan.cpu_kernels import (
     BACKWARD_BLOCKS,
     CHUNK,
@@ -161,6 +161,7 @@ def update(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel behind ``mambacus::selective_state_update``; see `mambacus.ops.selective_state_update`."""
     batch, channels = x.shape
@@ -172,12 +173,16 @@ def update(
     z, D, delta_bias = (None if t is None else readable(t) for t in (z, D, delta_bias))
     d_inner = x.shape[1]
     A, state = channel_rows(A, d_inner), channel_rows(state, d_inner)
-    y, new_state = torch.empty(batch, d_inner, dtype=x.dtype), torch.empty_like(state)
+    y = torch.empty(batch, d_inner, dtype=x.dtype)
+    whole = not missing and d_inner == channels
+    new_state = out if out is not None and whole and is_floats(out) else torch.empty_like(state)
     arguments = [
         batch, 1, d_inner, A.shape[1], int(delta_softplus), 0, address(A), address(B), address(C), address(state), 0, 0,
         *view(x), *view(delta), *view(z), *view(D), *view(delta_bias), address(new_state), *view(y),
     ]  # fmt: skip
     scan_update(arguments, thread_count(batch * -(-d_inner // GROUP), FORWARD_NANOSECONDS * state.numel()))
-    if missing or d_inner > channels:
+    if not whole:
         y, new_state = y[:, :channels].contiguous(), new_state[:, :channels, :d_state].contiguous()
-    return y if given == y.dtype else y.to(given), new_state
+    if out is not None and new_state is not out:
+        new_state = out.copy_(new_state)
+    return y.to(given), new_state

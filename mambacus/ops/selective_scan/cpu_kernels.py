@@ -181,23 +181,27 @@ def scan_update(p, thread, threads):
     """Move every state by one token; here a vector holds `LANES` states of one channel, as they lie in memory."""
     g = read_given(p)
     state, y = p[GIVEN_FIELDS], read_view(p, GIVEN_FIELDS + 1)
-    steps, drives, sums = stack(1), stack(1), stack(1)
+    steps, drives, sums = stack(VECTORS), stack(VECTORS), stack(VECTORS)
     groups, row = -(-g.d_inner // GROUP), 4 * g.d_state
     for task in range(thread, g.batch * groups, threads):
         b, start = task // groups, task % groups * GROUP
-        for channel in range(start, min(start + GROUP, g.d_inner), LANES):
-            prepare(g, b, channel, 0, 1, steps, drives)
-            for lane in range(LANES):
-                step, drive = load_float(steps + 4 * lane) * LOG2_E, load_float(drives + 4 * lane)
-                here = (b * g.d_inner + channel + lane) * row
-                output = splat(0.0)
-                for i in range(0, row, VECTOR):
-                    decay = exp2(load(g.A + (channel + lane) * row + i) * step)
-                    h = decay * load(g.initial_state + here + i) + load(g.B + b * row + i) * drive
-                    store(state + here + i, h)
-                    output = output + h * load(g.C + b * row + i)
-                store_float(sums + 4 * lane, total(output))
-            finish(g, b, channel, 0, 1, sums, y)
+        stop = min(start + GROUP, g.d_inner)
+        for channel in range(start, stop, LANES):
+            here = 4 * (channel - start)
+            prepare(g, b, channel, 0, 1, steps + here, drives + here)
+        for channel in range(start, stop):
+            step, drive = load_float(steps + 4 * (channel - start)), load_float(drives + 4 * (channel - start))
+            step *= LOG2_E
+            here = (b * g.d_inner + channel) * row
+            output = splat(0.0)
+            for i in range(0, row, VECTOR):
+                decay = exp2(load(g.A + channel * row + i) * step)
+                h = decay * load(g.initial_state + here + i) + load(g.B + b * row + i) * drive
+                store(state + here + i, h)
+                output = output + h * load(g.C + b * row + i)
+            store_float(sums + 4 * (channel - start), total(output))
+        for channel in range(start, stop, LANES):
+            finish(g, b, channel, 0, 1, sums + 4 * (channel - start), y)
 
 
 class Found(NamedTuple):

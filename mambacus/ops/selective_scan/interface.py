@@ -7,6 +7,7 @@ Each has the plain functions ``forward``, ``backward``, ``update`` with the argu
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mambacus.ops.checks import check_shape, check_tokens
-from mambacus.ops.dispatch import choose_backend
+from mambacus.ops.dispatch import choose_backend, runs_eagerly_on_cpu
 from mambacus.ops.selective_scan.reference import selective_scan_ref, selective_state_update_ref
 
 _INPUTS = (
@@ -125,6 +126,7 @@ def selective_state_update(
     *,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = True,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Move the state by one token: `selective_scan` of a sequence of length one, with less overhead.
@@ -140,13 +142,14 @@ def selective_state_update(
         z: gate, (batch, d_inner).
         delta_bias: (d_inner,).
         delta_softplus: apply softplus to the step.
+        out: memory for the new state, shaped as ``state``; it may be ``state`` itself, which then changes in place.
         backend: ``auto``, ``reference``, ``cpu`` or ``triton``.
 
     Returns:
         y (batch, d_inner) in the dtype of ``x``, and the new state (batch, d_inner, d_state) in float32.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or a gradient is needed and ``out`` is given.
         UserError: the named backend cannot run here.
 
     Gradients:
@@ -158,11 +161,16 @@ def selective_state_update(
         raise ValueError(f"x: expected shape (batch, d_inner), got {tuple(x.shape)}")
     batch, d_inner = x.shape
     check_shape("state", state, (batch, d_inner, A.shape[-1]))
+    check_shape("out", out, state.shape)
+    needs_grad = _needs_grad(state, x, delta, A, B, C, D, z, delta_bias)
+    if needs_grad and out is not None:
+        raise ValueError("out: expected None where a gradient is needed: it would overwrite what the gradient needs")
     if choose_backend("selective_state_update", x.device, backend, dtype=x.dtype).name == "reference":
-        return selective_state_update_ref(
+        y, new_state = selective_state_update_ref(
             state, x, delta, A, B, C, D, z, delta_bias=delta_bias, delta_softplus=delta_softplus
         )
-    if _needs_grad(state, x, delta, A, B, C, D, z, delta_bias):
+        return y, new_state if out is None else out.copy_(new_state)
+    if needs_grad:
         one = [tensor.unsqueeze(1) for tensor in (x, delta, B, C)]
         y, new_state = selective_scan(
             one[0], one[1], A, one[2], one[3], D, None if z is None else z.unsqueeze(1), delta_bias=delta_bias,
@@ -176,7 +184,11 @@ def selective_state_update(
     check_shape("D", D, (d_inner,))
     check_shape("z", z, (batch, d_inner))
     check_shape("delta_bias", delta_bias, (d_inner,))
-    return torch.ops.mambacus.selective_state_update(state, x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    arguments = (state, x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if out is not None and runs_eagerly_on_cpu(x):
+        return _kernels("cpu").update(*arguments, out)
+    y, new_state = torch.ops.mambacus.selective_state_update(*arguments)
+    return y, new_state if out is None else out.copy_(new_state)
 
 
 def _check(
@@ -208,6 +220,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+@functools.cache
 def _kernels(device_type: str) -> ModuleType:
     """Return the kernel module of a device type; meta tensors take the CPU's shapes."""
     name = "gpu" if device_type == "cuda" else "cpu"

@@ -1,0 +1,53 @@
+"""Root mean square normalisation on a CPU."""
+
+# mypy: allow-untyped-defs
+# (numba infers the types of compiled functions)
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mambacus.ops.rows import VIEW_FIELDS, read, read_view, readable, view, write
+from mambacus.ops.simd import LANES, load_float, round_bfloat16, splat, total
+from mambacus.ops.threads import Kernel, thread_count
+
+ROWS = 8  # rows of one task
+NANOSECONDS = 0.3  # of one thread, for one number
+
+
+@Kernel
+def normalise(p, thread, threads):
+    """Normalise the rows of this thread's tasks."""
+    rows, width, eps = p[0], p[1], load_float(p[2])
+    x, weight, y = read_view(p, 3), read_view(p, 3 + VIEW_FIELDS), read_view(p, 3 + 2 * VIEW_FIELDS)
+    for task in range(thread, -(-rows // ROWS), threads):
+        for row in range(task * ROWS, min((task + 1) * ROWS, rows)):
+            squares = splat(0.0)
+            for i in range(0, width, LANES):
+                value = read(x, row, 0, i)
+                squares = squares + value * value
+            scale = np.float32(1.0) / np.sqrt(total(squares) / np.float32(width) + eps)
+            for i in range(0, width, LANES):
+                value = read(x, row, 0, i) * scale
+                if weight.half:
+                    value = round_bfloat16(value)
+                write(y, row, 0, i, value * read(weight, 0, 0, i))
+
+
+@functools.cache
+def _in_memory(value: float) -> Tensor:
+    """Return a float that a kernel can read by its address."""
+    return torch.tensor(value)
+
+
+def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return the normalised rows; see `mambacus.ops.rms_norm`."""
+    rows, weight = readable(x.reshape(-1, x.shape[-1])), readable(weight)
+    y = torch.empty(rows.shape, dtype=weight.dtype)
+    arguments = [*rows.shape, _in_memory(eps).data_ptr(), *view(rows), *view(weight), *view(y)]
+    normalise(arguments, thread_count(-(-rows.shape[0] // ROWS), NANOSECONDS * y.numel()))
+    return y.view(x.shape)
