@@ -12,7 +12,6 @@ import torch
 from mambacus.measuring.cases import Case
 from mambacus.measuring.timing import median, time_ms
 from mambacus.models import load
-from mambacus.models.config import to_hf_config
 from mambacus.runtime.device import peak_memory_bytes, resolve_device, resolve_dtype
 
 
@@ -44,7 +43,7 @@ def _build(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[torch.
 
     transformers.logging.set_verbosity_error()
     shape, _ = load(f"random:{case.model}", device="meta", dtype=dtype)
-    config = transformers.MambaConfig(**to_hf_config(shape.config))
+    config = transformers.MambaConfig(**shape.config.to_hf("float32"))
     peer = transformers.MambaForCausalLM(config).to(device=device, dtype=dtype)
     return peer.train(case.benchmark == "train"), {"vocab_size": config.vocab_size}
 

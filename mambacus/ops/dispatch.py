@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mambacus.runtime.errors import UserError, suggest
 
+_PLAIN = (Tensor, nn.Parameter)
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
@@ -82,4 +83,4 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype | None) -> 
 
 def runs_eagerly_on_cpu(tensor: Tensor) -> bool:
     """Tell whether a kernel may be called on ``tensor`` past torch's dispatcher: real CPU memory, nothing traces."""
-    return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    return tensor.is_cpu and type(tensor) in _PLAIN and not torch.compiler.is_compiling()

@@ -50,10 +50,12 @@ def view(tensor: Tensor | None) -> tuple[int, int, int, int]:
     """
     if tensor is None:
         return _ABSENT
-    size = tensor.element_size()
-    strides = [stride * size for stride in tensor.stride()[:-1]]
-    batch, row = [*strides, 0, 0][:2]
-    return tensor.data_ptr(), batch, row, int(tensor.dtype == torch.bfloat16)
+    half = tensor.dtype == torch.bfloat16
+    size = 2 if half else 4
+    strides = tensor.stride()
+    batch = strides[0] * size if len(strides) > 1 else 0
+    row = strides[1] * size if len(strides) > 2 else 0
+    return tensor.data_ptr(), batch, row, int(half)
 
 
 @njit
@@ -118,6 +120,11 @@ def clear(target, count):
     """Fill ``count`` vectors with zeros."""
     for i in range(count):
         store(target + i * VECTOR, splat(0.0))
+
+
+def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return memory with any content on the CPU, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def readable(tensor: Tensor) -> Tensor:

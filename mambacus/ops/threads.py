@@ -28,6 +28,7 @@ from numba.extending import intrinsic
 
 _SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
 _COMPILING = threading.Lock()
+WORTH_A_THREAD = 30_000  # nanoseconds of work for which it pays to wake another thread
 
 
 class Kernel:
@@ -70,7 +71,9 @@ class Kernel:
 
 def thread_count(tasks: int, nanoseconds: float) -> int:
     """Return how many threads pay for ``tasks`` tasks that take one thread ``nanoseconds`` in all."""
-    return max(1, min(torch.get_num_threads(), tasks, int(nanoseconds // 30_000)))
+    if nanoseconds < 2 * WORTH_A_THREAD:
+        return 1
+    return max(1, min(torch.get_num_threads(), tasks, int(nanoseconds // WORTH_A_THREAD)))
 
 
 def _compile(signature: Any, function: Callable[..., Any], cache: bool = True) -> Any:

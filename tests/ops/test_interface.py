@@ -8,7 +8,14 @@ import pytest
 import torch
 from op_cases import conv_inputs, documents, scan_inputs
 
-from mambacus.ops import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from mambacus.ops import (
+    causal_conv1d,
+    causal_conv1d_update,
+    linear,
+    rms_norm,
+    selective_scan,
+    selective_state_update,
+)
 from mambacus.ops.dispatch import Choice, choose_backend
 from mambacus.runtime.errors import UserError
 
@@ -151,3 +158,27 @@ def test_automatic_choice_of_the_reference_is_no_secret(monkeypatch):
             assert choose_backend("scan", CPU).name == "reference"
     finally:
         choose_backend.cache_clear()
+
+
+def test_defaults_of_torch_do_not_reach_the_kernels():
+    inputs = {k: v.requires_grad_() for k, v in scan_inputs(1, 40, 16, 4).items()}
+    conv = {k: v.requires_grad_() for k, v in conv_inputs(1, 40, 16, 4).items()}
+
+    def results():
+        found = []
+        for op, given in ((selective_scan, inputs), (causal_conv1d, conv)):
+            y, _ = op(**given)
+            found += [y, *torch.autograd.grad(y.sum(), list(given.values()))]
+        with torch.no_grad():
+            found.append(rms_norm(inputs["x"], inputs["D"], 1e-5))
+            found.append(linear(inputs["x"], inputs["A"].T.contiguous()))
+        return found
+
+    want = results()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"):
+            got = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

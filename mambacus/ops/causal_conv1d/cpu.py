@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mambacus.ops.causal_conv1d.cpu_kernels import GROUP, VECTORS, conv_backward, conv_forward, conv_update
-from mambacus.ops.rows import address, channel_rows, document_ids, is_floats, readable, view
+from mambacus.ops.rows import address, channel_rows, document_ids, is_floats, new, readable, view
 from mambacus.ops.simd import LANES
 from mambacus.ops.threads import thread_count
 
@@ -34,10 +34,10 @@ def forward(
     initial_state = None if initial_state is None else channel_rows(initial_state, d_inner)
     seq_idx = document_ids(seq_idx)
     d_conv = weight.shape[1]
-    y = torch.empty(batch, seqlen, d_inner, dtype=x.dtype)
-    final_state = torch.empty(batch, d_inner, d_conv)
+    y = new(batch, seqlen, d_inner, dtype=x.dtype)
+    final_state = new(batch, d_inner, d_conv)
     threads = thread_count(batch * -(-d_inner // GROUP), FORWARD_NANOSECONDS * x.numel())
-    scratch = torch.empty(threads, 2 * VECTORS, d_conv, LANES)
+    scratch = new(threads, 2 * VECTORS, d_conv, LANES)
     arguments = [
         batch, seqlen, d_inner, d_conv, int(silu), address(seq_idx), address(weight), address(initial_state),
         address(scratch), *view(x), *view(bias), address(final_state), *view(y),
@@ -66,12 +66,12 @@ def backward(
     d_final = None if grad_final_state is None else channel_rows(grad_final_state, d_inner)
     seq_idx = document_ids(seq_idx)
     d_conv = weight.shape[1]
-    d_x = torch.empty(batch, seqlen, d_inner, dtype=inputs.dtype)
-    d_weight = torch.empty(batch, d_inner, d_conv)
+    d_x = new(batch, seqlen, d_inner, dtype=inputs.dtype)
+    d_weight = new(batch, d_inner, d_conv)
     d_state = torch.empty_like(d_weight)
-    d_bias = torch.empty(batch, d_inner)
+    d_bias = new(batch, d_inner)
     threads = thread_count(batch * -(-d_inner // GROUP), BACKWARD_NANOSECONDS * inputs.numel())
-    scratch = torch.empty(threads, (4 * d_conv + 1) * VECTORS * LANES + seqlen * GROUP)
+    scratch = new(threads, (4 * d_conv + 1) * VECTORS * LANES + seqlen * GROUP)
     arguments = [
         batch, seqlen, d_inner, d_conv, int(silu), address(seq_idx), address(taps), address(state), address(scratch),
         *view(inputs), *view(shift), *view(d_y), address(d_final), address(d_weight), address(d_bias),
@@ -99,7 +99,7 @@ def update(
     x, bias = readable(x), None if bias is None else readable(bias)
     d_inner, d_conv = x.shape[1], weight.shape[1]
     weight, state = channel_rows(weight, d_inner), channel_rows(conv_state, d_inner)
-    y = torch.empty(batch, d_inner, dtype=x.dtype)
+    y = new(batch, d_inner, dtype=x.dtype)
     whole = d_inner == channels
     new_state = out if out is not None and whole and is_floats(out) else torch.empty_like(state)
     arguments = [

@@ -12,6 +12,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from mambacus.ops.rows import new
 from mambacus.ops.simd import LANES, VECTOR, load, load_bfloat16, prefetch, splat, store_float, total
 from mambacus.ops.threads import Kernel, thread_count
 
@@ -128,7 +129,7 @@ def few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """
     rows, length = x.shape
     outputs = weight.shape[0]
-    y = torch.empty(rows, outputs)
+    y = new(rows, outputs)
     cost = weight.numel() * max(NANOSECONDS_PER_WEIGHT, NANOSECONDS_PER_PRODUCT * rows)
     arguments = [rows, outputs, length, x.data_ptr(), weight.data_ptr(), y.data_ptr(), weight.dtype == torch.bfloat16]
     few_rows_kernel(arguments, thread_count(-(-outputs // OUTPUTS), cost))

@@ -12,6 +12,7 @@ from mambacus.ops.dispatch import runs_eagerly_on_cpu
 
 FEW_ROWS = 32  # up to here the own kernel is faster than torch's product
 _VECTOR = 16  # the kernel reads whole vectors of at most so many numbers
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 CONVERTED_WEIGHTS = 1 << 22  # weights converted to float32 at a time: 16 MiB
 
 
@@ -38,15 +39,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _runs_here(x, weight, bias):
         return F.linear(x, weight, bias)
-    flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] <= FEW_ROWS:
+    width = x.shape[-1]
+    rows = x.numel() // width
+    if rows <= FEW_ROWS:
         from mambacus.ops.linear.cpu import few_rows  # numba loads where it is needed
 
-        y = few_rows(flat.to(torch.float32).contiguous(), weight)
+        y = few_rows(x.reshape(rows, width).to(torch.float32).contiguous(), weight)
         if bias is not None:
             y += bias
     elif x.dtype == torch.bfloat16 and not _multiplies_bfloat16():
-        y = _multiply_in_float32(flat, weight, bias)
+        y = _multiply_in_float32(x.reshape(rows, width), weight, bias)
     else:
         return F.linear(x, weight, bias)
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
@@ -62,15 +64,15 @@ class Linear(nn.Linear):
 
 def _runs_here(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Tell whether the kernels may run: plain CPU tensors of one dtype, outside autograd, autocast and tracing."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if not runs_eagerly_on_cpu(x):
+    if not runs_eagerly_on_cpu(x) or x.dtype not in _KERNEL_DTYPES or weight.dtype != x.dtype:
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if bias is not None and (bias.dtype != x.dtype or (bias.requires_grad and torch.is_grad_enabled())):
         return False
-    if x.dtype not in (torch.float32, torch.bfloat16) or any(tensor.dtype != x.dtype for tensor in tensors):
+    if (x.requires_grad or weight.requires_grad) and torch.is_grad_enabled():
         return False
-    fits = x.numel() > 0 and x.shape[-1] % _VECTOR == 0 and weight.shape[-1:] == x.shape[-1:] and weight.is_contiguous()
-    return fits and weight.dim() == 2 and not torch.is_autocast_enabled("cpu")
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or weight.shape[1] % _VECTOR or x.numel() == 0:
+        return False
+    return weight.is_contiguous() and not torch.is_autocast_enabled("cpu")
 
 
 def _multiply_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambacus.ops.rows import VIEW_FIELDS, read, read_view, readable, view, write
+from mambacus.ops.rows import VIEW_FIELDS, new, read, read_view, readable, view, write
 from mambacus.ops.simd import LANES, load_float, round_bfloat16, splat, total
 from mambacus.ops.threads import Kernel, thread_count
 
@@ -41,13 +41,13 @@ def normalise(p, thread, threads):
 @functools.cache
 def _in_memory(value: float) -> Tensor:
     """Return a float that a kernel can read by its address."""
-    return torch.tensor(value)
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return the normalised rows; see `mambacus.ops.rms_norm`."""
     rows, weight = readable(x.reshape(-1, x.shape[-1])), readable(weight)
-    y = torch.empty(rows.shape, dtype=weight.dtype)
+    y = new(*rows.shape, dtype=weight.dtype)
     arguments = [*rows.shape, _in_memory(eps).data_ptr(), *view(rows), *view(weight), *view(y)]
     normalise(arguments, thread_count(-(-rows.shape[0] // ROWS), NANOSECONDS * y.numel()))
     return y.view(x.shape)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambacus.ops.rows import address, channel_rows, document_ids, floats, is_floats, readable, view
+from mambacus.ops.rows import address, channel_rows, document_ids, floats, is_floats, new, readable, view
 from mambacus.ops.selective_scan.cpu_kernels import (
     BACKWARD_BLOCKS,
     CHUNK,
@@ -85,11 +85,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel behind ``mambacus::selective_scan_forward``; see `mambacus.ops.selective_scan`."""
     g = Prepared(x, delta, A, B, C, D, z, delta_bias, seq_idx, initial_state)
-    y = torch.empty(g.x.shape, dtype=g.x.dtype)
-    final_state = torch.empty(g.batch, g.d_inner, g.d_state)
-    chunk_states = torch.empty(g.batch, -(-g.seqlen // CHUNK) if save_states else 0, g.d_inner, g.d_state)
+    y = new(*g.x.shape, dtype=g.x.dtype)
+    final_state = new(g.batch, g.d_inner, g.d_state)
+    chunk_states = new(g.batch, -(-g.seqlen // CHUNK) if save_states else 0, g.d_inner, g.d_state)
     threads = thread_count(g.tasks, FORWARD_NANOSECONDS * y.numel() * g.d_state)
-    scratch = torch.empty(threads, FORWARD_BLOCKS, g.d_state, LANES)
+    scratch = new(threads, FORWARD_BLOCKS, g.d_state, LANES)
     arguments = g.arguments(delta_softplus, address(chunk_states) if save_states else 0, scratch)
     scan_forward([*arguments, address(final_state), *view(y)], threads)
     channels = x.shape[2]
@@ -119,14 +119,14 @@ def backward(
     d_y = readable(grad_y)
     d_final = None if grad_final_state is None else channel_rows(grad_final_state, g.d_inner)
     chunk_states = channel_rows(chunk_states, g.d_inner)
-    d_x, d_delta = torch.empty(g.x.shape, dtype=g.x.dtype), torch.empty(g.x.shape, dtype=g.delta.dtype)
-    d_z = None if g.z is None else torch.empty(g.x.shape, dtype=g.z.dtype)
-    d_B, d_C = torch.empty(2, -(-g.d_inner // GROUP), g.batch, g.seqlen, g.d_state)
-    d_A = torch.empty(g.batch, g.d_inner, g.d_state)
+    d_x, d_delta = new(*g.x.shape, dtype=g.x.dtype), new(*g.x.shape, dtype=g.delta.dtype)
+    d_z = None if g.z is None else new(*g.x.shape, dtype=g.z.dtype)
+    d_B, d_C = new(2, -(-g.d_inner // GROUP), g.batch, g.seqlen, g.d_state)
+    d_A = new(g.batch, g.d_inner, g.d_state)
     d_initial = torch.empty_like(d_A)
-    d_D, d_bias = torch.empty(2, g.batch, g.d_inner)
+    d_D, d_bias = new(2, g.batch, g.d_inner)
     threads = thread_count(g.tasks, BACKWARD_NANOSECONDS * d_x.numel() * g.d_state)
-    scratch = torch.empty(threads, BACKWARD_BLOCKS, g.d_state, LANES)
+    scratch = new(threads, BACKWARD_BLOCKS, g.d_state, LANES)
     arguments = [*g.arguments(delta_softplus, address(chunk_states), scratch), *view(d_y)]
     arguments += [address(t) for t in (d_final, d_B, d_C, d_A, d_initial, d_D, d_bias)]
     scan_backward([*arguments, *view(d_x), *view(d_delta), *view(d_z)], threads)
@@ -173,7 +173,7 @@ def update(
     z, D, delta_bias = (None if t is None else readable(t) for t in (z, D, delta_bias))
     d_inner = x.shape[1]
     A, state = channel_rows(A, d_inner), channel_rows(state, d_inner)
-    y = torch.empty(batch, d_inner, dtype=x.dtype)
+    y = new(batch, d_inner, dtype=x.dtype)
     whole = not missing and d_inner == channels
     new_state = out if out is not None and whole and is_floats(out) else torch.empty_like(state)
     arguments = [

@@ -1,0 +1,177 @@
+"""CUDA C++ kernels compiled at run time: NVRTC comes with torch's CUDA wheels, so no compiler need be installed.
+
+Machine code is cached on disk, one file for each (source, macros, GPU architecture, NVRTC version).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+_log = logging.getLogger(__name__)
+_MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+class CompileError(RuntimeError):
+    """NVRTC or the driver refused a kernel; the message holds the log."""
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Return why kernels cannot be compiled and launched here, or None if they can."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    try:
+        _nvrtc(), _driver()
+    except OSError as error:
+        return f"cannot load NVRTC or the CUDA driver: {error}"
+    return None
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    """Load the NVRTC that belongs to torch: already in the process, or beside torch in the ``nvidia`` packages."""
+    major = str(torch.version.cuda).split(".")[0]
+    name = f"libnvrtc.so.{major}"
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        for folder in sys.path:
+            for path in sorted(Path(folder or ".").glob(f"nvidia/*/lib/{name}")):
+                return ctypes.CDLL(str(path))
+        raise
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One source with its macros, for one device."""
+
+    source: str
+    macros: tuple[str, ...]
+    device: int
+
+    def kernel(self, name: str, shared_bytes: int = 0) -> Kernel:
+        """Return a kernel ready to launch; compiles on the first call.
+
+        Raises:
+            CompileError: the compiler's log.
+        """
+        return _load(self, name, shared_bytes)
+
+
+class Kernel:
+    """A loaded kernel with one struct argument."""
+
+    def __init__(self, function: ctypes.c_void_p, shared_bytes: int, device: int) -> None:
+        self._function = function
+        self._shared_bytes = shared_bytes
+        self._device = device
+
+    def __call__(self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure) -> None:
+        """Launch on torch's current stream of the device."""
+        _use_primary_context(self._device)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        _check(
+            _driver().cuLaunchKernel(
+                self._function, *grid, threads, 1, 1, self._shared_bytes, ctypes.c_void_p(stream), pointers, None
+            ),
+            "launch",
+        )
+
+
+def _check(status: int, what: str) -> None:
+    if status != 0:
+        message = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(message))
+        raise CompileError(f"CUDA {what}: {(message.value or b'').decode()} ({status})")
+
+
+def _use_primary_context(device: int) -> None:
+    """Make torch's context current in this thread: autograd's threads may not have it."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "context")
+    if not context.value:
+        _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "context")
+        _check(_driver().cuCtxSetCurrent(context), "context")
+
+
+@functools.cache
+def _module(program: Program) -> ctypes.c_void_p:
+    code = _machine_code(program)
+    module = ctypes.c_void_p()
+    _use_primary_context(program.device)
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "module")
+    return module
+
+
+@functools.cache
+def _load(program: Program, name: str, shared_bytes: int) -> Kernel:
+    function = ctypes.c_void_p()
+    _check(_driver().cuModuleGetFunction(ctypes.byref(function), _module(program), name.encode()), f"kernel {name}")
+    if shared_bytes > 48 * 1024:
+        _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_SIZE, shared_bytes), "shared memory")
+    return Kernel(function, shared_bytes, program.device)
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mambacus" / "kernels"
+
+
+def _machine_code(program: Program) -> bytes:
+    major, minor = torch.cuda.get_device_capability(program.device)
+    options = ["--std=c++17", f"--gpu-architecture=sm_{major}{minor}", *(f"-D{macro}" for macro in program.macros)]
+    version = (ctypes.c_int(), ctypes.c_int())
+    _nvrtc().nvrtcVersion(ctypes.byref(version[0]), ctypes.byref(version[1]))
+    key = "\n".join([program.source, *options, f"{version[0].value}.{version[1].value}"])
+    path = _cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    _log.info("compiling a CUDA kernel (%s); kept in %s", " ".join(program.macros), path.parent)
+    code = _compile(program.source, options)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(code)
+        temporary.replace(path)
+    except OSError as error:
+        _log.warning("cannot keep the compiled kernel in %s: %s", path.parent, error)
+    return code
+
+
+def _compile(source: str, options: list[str]) -> bytes:
+    nvrtc = _nvrtc()
+    program = ctypes.c_void_p()
+    status = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+    if status != 0:
+        raise CompileError(f"NVRTC: cannot create a program ({status})")
+    try:
+        raw = [option.encode() for option in options]
+        status = nvrtc.nvrtcCompileProgram(program, len(raw), (ctypes.c_char_p * len(raw))(*raw))
+        if status != 0:
+            size = ctypes.c_size_t()
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            text = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, text)
+            raise CompileError(f"NVRTC ({status}): {text.value.decode(errors='replace')}")
+        size = ctypes.c_size_t()
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, code)
+        return code.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
