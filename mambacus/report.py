@@ -60,7 +60,7 @@ def run(config: Config) -> Record:
         "comparisons": [
             dataclasses.asdict(row) | {"verdict": row.verdict} for pair in page.pairs for row in pair.comparisons
         ],
-        "headline": page.headline,
+        "headline": list(page.headline),
         "checks": list(page.checks),
         "notices": list(page.notices),
         "page_bytes": len(html),

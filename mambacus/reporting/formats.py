@@ -32,13 +32,15 @@ def show(metric: str, value: float | None) -> str:
     if abs(value) >= 1e5:
         return f"{value:.1e}"
     digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
-    return f"{value:.{digits}f}".replace("-", "−")
+    return f"{value:,.{digits}f}".replace("-", "−")
 
 
 def axis_end(metric: str, value: float) -> str:
     """Return the end of an axis without needless decimals."""
     scale, unit = (100.0, " %") if metric_kind(metric) == "share" else (1.0, "")
-    return f"{scale * value:.4g}{unit}".replace("-", "−")
+    shown = float(f"{scale * value:.4g}")
+    text = f"{shown:.1e}" if abs(shown) >= 1e5 else f"{shown:,.10g}"
+    return text.replace("-", "−") + unit
 
 
 def reference(numbers: Iterable[int]) -> str:

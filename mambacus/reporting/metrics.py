@@ -41,8 +41,8 @@ TASKS = {
     "winogrande": Task("WinoGrande", "knowledge", ("acc",), chance=0.5),
     "piqa": Task("PIQA", "knowledge", ("acc",), chance=0.5),
     "cola": Task("CoLA", "language", ("mcc",)),
-    "lambada_openai": Task("LAMBADA (openai)", "language", ("acc", "perplexity")),
-    "lambada_standard": Task("LAMBADA (standard)", "language", ("acc", "perplexity")),
+    "lambada_openai": Task("LAMBADA openai", "language", ("acc", "perplexity")),
+    "lambada_standard": Task("LAMBADA", "language", ("acc", "perplexity")),
     "wikitext": Task("WikiText", "language", ("word_perplexity",)),
     "text_sample": Task("English novels", "language", ("word_perplexity",)),
 }
@@ -59,6 +59,13 @@ _METRIC_TITLES = {
     "word_perplexity": "perplexity per word",
     "byte_perplexity": "perplexity per byte",
     "bits_per_byte": "bits per byte",
+}
+_SHORT = {
+    "accuracy": "solved",
+    "exact_match,strict-match": "strict",
+    "exact_match,flexible-extract": "flexible",
+    "acc": "accuracy",
+    "perplexity": "perplexity",
 }
 _FAMILY_TITLES = {"math": "Mathematics", "knowledge": "Knowledge and reasoning", "language": "Language"}
 FAMILIES = tuple(_FAMILY_TITLES)
@@ -83,6 +90,12 @@ def main_metrics(task: str, present: Iterable[str]) -> list[str]:
     names = list(present)
     chosen = [metric for metric in task_info(task).main if metric in names]
     return chosen or names[:1]
+
+
+def task_title(task: str, metric: str) -> str:
+    """Return the name of a task on an axis; the metric is part of it where several speak for the task."""
+    info = task_info(task)
+    return f"{info.title}, {_SHORT[metric]}" if len(info.main) > 1 and metric in _SHORT else info.title
 
 
 def metric_title(metric: str) -> str:

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from mambacus.reporting.compare import Comparison
 from mambacus.reporting.formats import number, show
-from mambacus.reporting.metrics import FAMILIES, family_title, metric_title, task_info
+from mambacus.reporting.metrics import FAMILIES, family_title, metric_title, task_info, task_title
 from mambacus.reporting.radar import MIN_AXES, Axis, axes
 from mambacus.reporting.scores import Score, Scores
 from mambacus.reporting.sources import Source
 
-RADIUS = 35.0  # of the rim, in percent of the square the radar is drawn in; the rest is for labels
+RADIUS = 33.5  # of the rim, in percent of the square the radar is drawn in; the rest is for labels
 RINGS = 4
 HISTORY_POINTS = 400
 
@@ -175,7 +175,7 @@ def _panel(title: str, note: str, rows: Sequence[Comparison], scale: float) -> P
     bars = []
     for row in rows:
         left, right = sorted((place(row.low), place(row.high)))
-        bars.append(Bar(row, task_info(row.task).title, left, right, place(row.change), change_text(row)))
+        bars.append(Bar(row, task_title(row.task, row.metric), left, right, place(row.change), change_text(row)))
     count = round((high - low) / step)
     ticks = tuple((round(100 * index / count, 2), _tick(flip * (low + index * step))) for index in range(count + 1))
     return Panel(title, note, place(0.0), ticks, tuple(bars))

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 
 from mambacus.reporting.formats import axis_end
-from mambacus.reporting.metrics import chance_level, main_metrics, metric_kind, metric_title, task_info
+from mambacus.reporting.metrics import chance_level, main_metrics, metric_kind, metric_title, task_title
 from mambacus.reporting.scores import Key, Score, Scores, is_part
 
 MIN_SPAN = 0.2
@@ -47,7 +47,7 @@ class Axis:
     @property
     def title(self) -> str:
         """The task's name."""
-        return task_info(self.task).title
+        return task_title(self.task, self.metric)
 
     @property
     def subtitle(self) -> str:

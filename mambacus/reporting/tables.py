@@ -12,7 +12,7 @@ from typing import Any
 from mambacus.reporting.compare import Comparison
 from mambacus.reporting.formats import duration, number, p_text, percent, rate, reference, show, size
 from mambacus.reporting.lineup import Lineup
-from mambacus.reporting.metrics import metric_title, task_info
+from mambacus.reporting.metrics import metric_title, task_info, task_title
 from mambacus.reporting.plots import change_text
 from mambacus.reporting.scores import Scores
 from mambacus.reporting.sources import Source, of_kind
@@ -64,14 +64,13 @@ def comparison_table(rows: Sequence[Comparison], base: str, tuned: str, scores: 
         changed = "" if row.gained is None else f"+{row.gained} / −{row.lost}"
         body.append(
             [
-                Cell(task_info(row.task).title, metric_title(row.metric) + reference(refs)),
+                Cell(task_title(row.task, row.metric), metric_title(row.metric) + reference(refs)),
                 f"{row.n:,}",
                 show(row.metric, row.before),
                 show(row.metric, row.after),
                 Cell(change_text(row), f"{low.removesuffix(unit).strip()} to {high}"),
                 changed,
-                p_text(row.p),
-                p_text(row.p_adjusted),
+                Cell(p_text(row.p_adjusted), f"alone {p_text(row.p)}"),
                 Cell(words[row.verdict], style=row.verdict),
             ]
         )
@@ -82,7 +81,6 @@ def comparison_table(rows: Sequence[Comparison], base: str, tuned: str, scores: 
         f"#{tuned}",
         "#Change, 95 %",
         "#Gained / lost",
-        "#p",
         "#p, Holm",
         "Verdict",
     )
@@ -99,7 +97,7 @@ def score_table(scores: Scores, labels: Sequence[str]) -> Table:
             continue
         up = next(score.higher_is_better for score in found if score is not None)
         best = (max if up else min)(values) if len(set(values)) > 1 else None
-        cells: list[Cell | str] = [Cell(task_info(key[0]).title, f"{metric_title(key[1])} {'↑' if up else '↓'}")]
+        cells: list[Cell | str] = [Cell(task_title(*key), f"{metric_title(key[1])} {'↑' if up else '↓'}")]
         for score in found:
             if score is None:
                 cells.append(Cell("–"))
@@ -339,7 +337,7 @@ def summary_rows(comparisons: Iterable[dict[str, Any]]) -> list[list[str]]:
         row = Comparison(**{key: value for key, value in values.items() if key in fields})
         low, high = (change_text(dataclasses.replace(row, change=end)) for end in (row.low, row.high))
         found.append([
-            f"{task_info(row.task).title}\n{metric_title(row.metric)}", row.tuned, show(row.metric, row.before),
+            f"{task_title(row.task, row.metric)}\n{metric_title(row.metric)}", row.tuned, show(row.metric, row.before),
             show(row.metric, row.after), f"{change_text(row)}\n{low.split(' ')[0]} to {high.split(' ')[0]}",
             p_text(row.p_adjusted), words[row.verdict],
         ])  # fmt: skip

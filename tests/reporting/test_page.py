@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from synthetic_records import write_evaluate, write_solve, write_study
+from synthetic_records import coin, flip, record, texts, write_evaluate, write_record, write_solve, write_study
 
 from mambacus.reporting.page import Page, build, render
 from mambacus.reporting.sources import collect
@@ -75,7 +75,7 @@ def test_the_page_has_every_section(text):
 def test_headline_and_cards(page):
     assert page.headline == (
         "tiny → tiny+lora: accuracy on Word problems rose from 4.3 % to 75.7 % "
-        "and perplexity on English novels rose by 4.4 %."
+        "and perplexity on English novels rose by 4.4 %.",
     )
     assert [card.figure for card in page.cards] == ["4.3 % → 75.7 %", "+4.4 %", "2 min 23 s"]
     assert [card.style for card in page.cards] == ["better", "worse", ""]
@@ -183,3 +183,32 @@ def test_a_model_without_an_axis_leaves_a_gap(tmp_path: Path):
     (radar,) = build(collect([tmp_path])).radars
     assert [polygon.closed for polygon in radar.polygons] == [True, False]
     assert "polyline" in render(build(collect([tmp_path])))
+
+
+def test_what_speaks_for_gain_and_cost_is_fixed_by_rule(tmp_path: Path):
+    solved = {"gsm8k": coin(200, 0.1, 1), "svamp": coin(200, 0.1, 2)}
+    better = {"gsm8k": flip(solved["gsm8k"], 3, 0), "svamp": flip(solved["svamp"], 90, 0)}
+    for label, answers, shift in (("base", solved, 0.0), ("tuned", better, 9.0)):
+        write_solve(tmp_path / f"s-{label}.json", label, answers)
+        items = {
+            "lambada_standard": {"perplexity": [[-2.0, 1], [-3.0, 1]] * 20},
+            "wikitext": {"word_perplexity": texts(30, 3.0, 1, shift=shift)},
+        }
+        write_evaluate(tmp_path / f"e-{label}.json", label, items)
+    (sentence,) = build(collect([tmp_path]), pairs=["base=tuned"]).headline
+    assert "accuracy on GSM8K shows no difference" in sentence  # not SVAMP, which gained most
+    assert sentence.endswith("perplexity on WikiText became 8.1e+03 times as high.")
+
+
+def test_many_models_share_colours_by_place_in_their_group(tmp_path: Path):
+    labels = [f"{size} {name}" for size in ("small", "large") for name in ("mamba", "pythia", "opt", "neo")]
+    tasks = {name: {"acc": [1.0, 0.0]} for name in ("arc_easy", "winogrande", "piqa")}
+    for label in labels:
+        write_evaluate(tmp_path / f"{label}.json", label, tasks)
+    models = [{"label": label, "role": "baseline", "group": label.split()[0]} for label in labels]
+    results = {"title": "t", "models": models, "steps": [], "substitutions": []}
+    write_record(tmp_path / "study.json", record("study", "s", {}, results))
+    page = build(collect([tmp_path]))
+    assert [radar.title for radar in page.radars] == ["small", "large"]
+    assert page.colours["small opt"] == page.colours["large opt"]
+    assert page.cards == () and page.headline == ()

@@ -102,3 +102,6 @@ def test_values_as_readers_see_them(metric, value, text):
 def test_axis_ends_drop_needless_decimals():
     assert axis_end("acc", 0.25) == "25 %"
     assert axis_end("word_perplexity", 110.0) == "110"
+    assert axis_end("word_perplexity", 24000.0) == "24,000"
+    assert axis_end("mcc", -0.25) == "−0.25"
+    assert axis_end("word_perplexity", 2.6e7) == "2.6e+07"
