@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from mambacus.runtime.errors import UserError
+
 _log = logging.getLogger(__name__)
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -34,6 +36,24 @@ def unavailable() -> str | None:
     except OSError as error:
         return f"cannot load NVRTC or the CUDA driver: {error}"
     return None
+
+
+def choose_kernels(op: str, obstacle: str | None) -> tuple[str, str]:
+    """Return ``cuda`` unless ``obstacle`` names why these kernels cannot run, else ``triton``; and the reason.
+
+    Raises:
+        UserError: ``MAMBACUS_GPU_KERNELS`` is no choice, or asks for ``cuda`` against the obstacle.
+    """
+    wanted = os.environ.get("MAMBACUS_GPU_KERNELS", "")
+    if wanted not in ("", "cuda", "triton"):
+        raise UserError(f"MAMBACUS_GPU_KERNELS: expected cuda or triton, got {wanted!r}")
+    if wanted == "triton":
+        return "triton", "MAMBACUS_GPU_KERNELS=triton"
+    if obstacle is None:
+        return "cuda", "NVIDIA GPU"
+    if wanted == "cuda":
+        raise UserError(f"MAMBACUS_GPU_KERNELS=cuda: {op} cannot run on these kernels: {obstacle}")
+    return "triton", f"not the CUDA kernels: {obstacle}"
 
 
 @functools.cache
@@ -111,7 +131,7 @@ def _use_primary_context(device: int) -> None:
 
 @functools.cache
 def _module(program: Program) -> ctypes.c_void_p:
-    code = _machine_code(program)
+    code = machine_code(program)
     module = ctypes.c_void_p()
     _use_primary_context(program.device)
     _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "module")
@@ -132,7 +152,12 @@ def _cache_folder() -> Path:
     return Path(base) / "mambacus" / "kernels"
 
 
-def _machine_code(program: Program) -> bytes:
+def machine_code(program: Program) -> bytes:
+    """Return the machine code of a program, from the cache if it is there.
+
+    Raises:
+        CompileError: the compiler's log.
+    """
     major, minor = torch.cuda.get_device_capability(program.device)
     options = ["--std=c++17", f"--gpu-architecture=sm_{major}{minor}", *(f"-D{macro}" for macro in program.macros)]
     version = (ctypes.c_int(), ctypes.c_int())

@@ -58,6 +58,12 @@ def view(tensor: Tensor | None) -> tuple[int, int, int, int]:
     return tensor.data_ptr(), batch, row, int(half)
 
 
+def plain_rows(tensor: Tensor, width: int) -> tuple[int, int, int, int]:
+    """Return the arguments for `read_view` of a contiguous tensor taken as (rows, width), whatever its shape."""
+    half = tensor.dtype == torch.bfloat16
+    return tensor.data_ptr(), width * (2 if half else 4), 0, int(half)
+
+
 @njit
 def read_view(p, first):
     """Return the `View` whose fields are the arguments from ``first`` on."""
@@ -139,7 +145,7 @@ def readable(tensor: Tensor) -> Tensor:
 
 def floats(tensor: Tensor) -> Tensor:
     """Return ``tensor`` as contiguous float32."""
-    return tensor.to(torch.float32).contiguous()
+    return tensor if is_floats(tensor) else tensor.to(torch.float32).contiguous()
 
 
 def is_floats(tensor: Tensor) -> bool:

@@ -11,7 +11,15 @@ from torch import nn
 from mambacus.ops import Linear, linear
 from mambacus.ops.linear import interface
 
-SHAPES = [((1,), 80, 96), ((3,), 50, 48), ((2, 2), 97, 64), ((7,), 1, 16), ((16,), 145, 80), ((33,), 50, 48)]
+SHAPES = [
+    ((1,), 80, 96),
+    ((3,), 50, 48),
+    ((2, 2), 97, 64),
+    ((7,), 1, 16),
+    ((16,), 145, 80),
+    ((33,), 50, 48),
+    ((65,), 50, 48),
+]
 
 
 def inputs(rows, outputs, length, dtype):

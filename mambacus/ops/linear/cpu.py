@@ -12,7 +12,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from mambacus.ops.rows import new
+from mambacus.ops.rows import floats, new
 from mambacus.ops.simd import LANES, VECTOR, load, load_bfloat16, prefetch, splat, store_float, total
 from mambacus.ops.threads import Kernel, thread_count
 
@@ -124,13 +124,15 @@ def few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x @ weight.T`` in float32.
 
     Args:
-        x: (rows, in_features), contiguous float32; in_features is a multiple of `LANES`.
+        x: (..., in_features), float32 or bfloat16; in_features is a multiple of `LANES`.
         weight: (out_features, in_features), contiguous float32 or bfloat16.
     """
-    rows, length = x.shape
-    outputs = weight.shape[0]
-    y = new(rows, outputs)
-    cost = weight.numel() * max(NANOSECONDS_PER_WEIGHT, NANOSECONDS_PER_PRODUCT * rows)
-    arguments = [rows, outputs, length, x.data_ptr(), weight.data_ptr(), y.data_ptr(), weight.dtype == torch.bfloat16]
+    x = floats(x)
+    outputs, length = weight.shape
+    rows = x.numel() // length
+    y = new(*x.shape[:-1], outputs)
+    cost = outputs * length * max(NANOSECONDS_PER_WEIGHT, NANOSECONDS_PER_PRODUCT * rows)
+    half = int(weight.dtype == torch.bfloat16)
+    arguments = (rows, outputs, length, x.data_ptr(), weight.data_ptr(), y.data_ptr(), half)
     few_rows_kernel(arguments, thread_count(-(-outputs // OUTPUTS), cost))
     return y

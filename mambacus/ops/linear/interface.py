@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mambacus.ops.dispatch import runs_eagerly_on_cpu
 
-FEW_ROWS = 32  # up to here the own kernel is faster than torch's product
+FEW_ROWS = 64  # up to here the own kernel is faster than torch's product
 _VECTOR = 16  # the kernel reads whole vectors of at most so many numbers
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 CONVERTED_WEIGHTS = 1 << 22  # weights converted to float32 at a time: 16 MiB
@@ -39,19 +39,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _runs_here(x, weight, bias):
         return F.linear(x, weight, bias)
-    width = x.shape[-1]
-    rows = x.numel() // width
+    rows = x.numel() // weight.shape[1]
     if rows <= FEW_ROWS:
         from mambacus.ops.linear.cpu import few_rows  # numba loads where it is needed
 
-        y = few_rows(x.reshape(rows, width).to(torch.float32).contiguous(), weight)
+        y = few_rows(x, weight)
         if bias is not None:
             y += bias
-    elif x.dtype == torch.bfloat16 and not _multiplies_bfloat16():
-        y = _multiply_in_float32(x.reshape(rows, width), weight, bias)
-    else:
-        return F.linear(x, weight, bias)
-    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
+    if x.dtype == torch.bfloat16 and not _multiplies_bfloat16():
+        return _multiply_in_float32(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -77,13 +75,13 @@ def _runs_here(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _multiply_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x @ weight.T + bias`` in the dtype of ``x``, converting the weights to float32 in pieces."""
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
     x = x.to(torch.float32)
     rows = max(1, CONVERTED_WEIGHTS // weight.shape[1])
     for first in range(0, weight.shape[0], rows):
         piece = slice(first, first + rows)
         shift = None if bias is None else bias[piece].to(torch.float32)
-        y[:, piece] = F.linear(x, weight[piece].to(torch.float32), shift)
+        y[..., piece] = F.linear(x, weight[piece].to(torch.float32), shift)
     return y
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambacus.ops.rows import VIEW_FIELDS, new, read, read_view, readable, view, write
+from mambacus.ops.rows import VIEW_FIELDS, new, plain_rows, read, read_view, view, write
 from mambacus.ops.simd import LANES, load_float, round_bfloat16, splat, total
 from mambacus.ops.threads import Kernel, thread_count
 
@@ -46,8 +46,10 @@ def _in_memory(value: float) -> Tensor:
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return the normalised rows; see `mambacus.ops.rms_norm`."""
-    rows, weight = readable(x.reshape(-1, x.shape[-1])), readable(weight)
-    y = new(*rows.shape, dtype=weight.dtype)
-    arguments = [*rows.shape, _in_memory(eps).data_ptr(), *view(rows), *view(weight), *view(y)]
-    normalise(arguments, thread_count(-(-rows.shape[0] // ROWS), NANOSECONDS * y.numel()))
-    return y.view(x.shape)
+    x, weight = x.contiguous(), weight.contiguous()
+    width = weight.shape[0]
+    rows = x.numel() // width
+    y = new(*x.shape, dtype=weight.dtype)
+    arguments = [rows, width, _in_memory(eps).data_ptr(), *plain_rows(x, width), *view(weight), *plain_rows(y, width)]
+    normalise(arguments, thread_count(-(-rows // ROWS), NANOSECONDS * rows * width))
+    return y
