@@ -44,7 +44,8 @@ def _build(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[torch.
     transformers.logging.set_verbosity_error()
     shape, _ = load(f"random:{case.model}", device="meta", dtype=dtype)
     config = transformers.MambaConfig(**shape.config.to_hf("float32"))
-    peer = transformers.MambaForCausalLM(config).to(device=device, dtype=dtype)
+    peer: torch.nn.Module = transformers.MambaForCausalLM(config)
+    peer.to(device=device, dtype=dtype)
     return peer.train(case.benchmark == "train"), {"vocab_size": config.vocab_size}
 
 

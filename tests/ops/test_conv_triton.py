@@ -60,7 +60,9 @@ def assert_equals_reference(
     grad_y, grad_final = torch.randn(x.shape).to(dtype), torch.randn(final.shape).to(dtype)
     kept = [k for k, v in leaves.items() if v is not None]
     outputs = [y, final] if with_final else [y]
-    wanted = torch.autograd.grad(outputs, [leaves[k] for k in kept], [grad_y.double(), grad_final.double()][: len(outputs)])
+    wanted = torch.autograd.grad(
+        outputs, [leaves[k] for k in kept], [grad_y.double(), grad_final.double()][: len(outputs)]
+    )
 
     given = (x, inputs["weight"], inputs["bias"], silu, seq_idx, inputs["initial_state"])
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN

@@ -312,13 +312,14 @@ def update(
     new_state = state.new_empty(batch, d_inner, d_state, dtype=torch.float32)
     states = triton.next_power_of_2(d_state)
     block = max(1, min(32, 2048 // states))
-    ready = [_channels_last(t) for t in (x, delta, z)]
+    gate = _channels_last(z)
+    ready = [x if x.stride(-1) == 1 else x.contiguous(), delta if delta.stride(-1) == 1 else delta.contiguous()]
     with _on(x.device):
         kernels.state_update[(triton.cdiv(d_inner, block), batch)](
-            state, ready[0], ready[1], A.contiguous(), B, C, None if D is None else D.contiguous(), ready[2],
+            state, ready[0], ready[1], A.contiguous(), B, C, None if D is None else D.contiguous(), gate,
             None if delta_bias is None else delta_bias.contiguous(), y, new_state, d_inner, d_state,
             ready[0].stride(0), ready[1].stride(0), *B.stride(), *C.stride(),
-            0 if ready[2] is None else ready[2].stride(0), *state.stride(),
+            0 if gate is None else gate.stride(0), *state.stride(),
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
             BLOCK=block, STATES=states, num_warps=4,
         )  # fmt: skip
