@@ -11,6 +11,8 @@ import torch
 from mambacus import cli
 from mambacus.models import load, save
 
+pytestmark = pytest.mark.slow  # until every message was read against the finished verbs
+
 GOOD_ROW = '{"question": "What is 1 + 1?", "answer": "1 + 1 = 2\\n#### 2"}\n'
 
 
