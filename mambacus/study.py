@@ -184,18 +184,15 @@ def print_summary(out: Path) -> None:
 
     found = read_record((out / PAGE).with_suffix(".json")).results
     rows = summary_rows(found["comparisons"])
-    models = {row[1] for row in rows}
-    table = Table(title="".join(models) if len(models) == 1 else None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("task")
-    if len(models) > 1:
-        table.add_column("model")
-    for heading in ("before", "after", "change, 95 %", "p, Holm"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for task, model, *figures in rows:
-        table.add_row(task, *([model] if len(models) > 1 else []), *figures)
-    say("")
-    if rows:
+    for model in dict.fromkeys(row[1] for row in rows):
+        table = Table(title=model, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("task")
+        for heading in ("before", "after", "change, 95 %", "p, Holm"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("verdict", no_wrap=True)
+        for task, tuned, *figures in rows:
+            if tuned == model:
+                table.add_row(task, *figures)
         Console(highlight=False).print(table)
     say(*found["checks"], *speed_lines(Path(source) for source in found["sources"]), *found["notices"])
     say(f"page: {out / PAGE}", style="bold")

@@ -337,7 +337,7 @@ def summary_rows(comparisons: Iterable[dict[str, Any]]) -> list[list[str]]:
         row = Comparison(**{key: value for key, value in values.items() if key in fields})
         low, high = (change_text(dataclasses.replace(row, change=end)) for end in (row.low, row.high))
         found.append([
-            f"{task_title(row.task, row.metric)}\n{metric_title(row.metric)}", row.tuned, show(row.metric, row.before),
+            f"{task_info(row.task).title}\n{metric_title(row.metric)}", row.tuned, show(row.metric, row.before),
             show(row.metric, row.after), f"{change_text(row)}\n{low.split(' ')[0]} to {high.split(' ')[0]}",
             p_text(row.p_adjusted), words[row.verdict],
         ])  # fmt: skip
