@@ -38,8 +38,21 @@ def unavailable() -> str | None:
     return None
 
 
+def wants_cuda() -> bool:
+    """Return whether ``MAMBACUS_GPU_KERNELS`` asks for the CUDA kernels."""
+    return os.environ.get("MAMBACUS_GPU_KERNELS") == "cuda"
+
+
 def choose_kernels(op: str, obstacle: str | None) -> tuple[str, str]:
-    """Return ``cuda`` unless ``obstacle`` names why these kernels cannot run, else ``triton``; and the reason.
+    """Return which GPU kernels run an op, ``triton`` or ``cuda``, and the reason.
+
+    Triton's, unless the environment variable ``MAMBACUS_GPU_KERNELS`` says ``cuda``: these have been held to the
+    reference on a CPU only (``tests/ops/test_cuda_emulated.py``), and stay a choice until they have been held and timed
+    on a GPU.
+
+    Args:
+        op: name of the op, for messages.
+        obstacle: why the CUDA kernels cannot run on the inputs, or None if they can.
 
     Raises:
         UserError: ``MAMBACUS_GPU_KERNELS`` is no choice, or asks for ``cuda`` against the obstacle.
@@ -47,13 +60,11 @@ def choose_kernels(op: str, obstacle: str | None) -> tuple[str, str]:
     wanted = os.environ.get("MAMBACUS_GPU_KERNELS", "")
     if wanted not in ("", "cuda", "triton"):
         raise UserError(f"MAMBACUS_GPU_KERNELS: expected cuda or triton, got {wanted!r}")
-    if wanted == "triton":
-        return "triton", "MAMBACUS_GPU_KERNELS=triton"
-    if obstacle is None:
-        return "cuda", "NVIDIA GPU"
-    if wanted == "cuda":
+    if wanted != "cuda":
+        return "triton", "MAMBACUS_GPU_KERNELS=triton" if wanted else "the default"
+    if obstacle is not None:
         raise UserError(f"MAMBACUS_GPU_KERNELS=cuda: {op} cannot run on these kernels: {obstacle}")
-    return "triton", f"not the CUDA kernels: {obstacle}"
+    return "cuda", "MAMBACUS_GPU_KERNELS=cuda"
 
 
 @functools.cache

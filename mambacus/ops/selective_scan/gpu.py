@@ -1,145 +1,36 @@
-"""The selective scan on a GPU: choice of the launch, buffers and the launches of the kernels in ``gpu_kernels.py``.
+"""The selective scan on a GPU: by Triton's kernels, or by CUDA C++ kernels compiled at run time.
 
-One program walks BLOCK channels of one row through the sequence. Where that gives too few programs to fill the GPU (small
-batch, long sequence), the sequence is cut into segments: a first kernel finds the state after each segment as if it began
-from zero, a second chains those into the states that enter the segments, then all segments run at once.
-The results do not depend on the order in which programs run: sums over programs go through buffers, not atomics.
+Both give the same results up to rounding, and the same run to run: sums over programs go through buffers in a fixed
+order, no atomics. The environment variable ``MAMBACUS_GPU_KERNELS`` (``triton`` or ``cuda``) chooses.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 from torch import Tensor
 
-from mambacus.ops.selective_scan import gpu_kernels as kernels
+from mambacus.ops.nvrtc import choose_kernels, wants_cuda
+from mambacus.ops.selective_scan import gpu_cuda
 
-_WARPS_PER_MULTIPROCESSOR = 8  # as many as the registers of the scan kernels leave room for
-_MULTIPROCESSORS_OF_THE_INTERPRETER = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How the kernels are launched.
-
-    Attributes:
-        block: channels of one program, 32 x (channels of one thread); at least 64.
-        tile: tokens held in registers at once; divides the chunk length.
-        segment: tokens of one program, a multiple of the chunk length.
-    """
-
-    block: int
-    tile: int
-    segment: int
+if TYPE_CHECKING:
+    from mambacus.ops.selective_scan import gpu_triton
 
 
 def chunk_length(d_state: int) -> int:
-    """Return the number of tokens between two saved states: 128, or more for more than 128 states."""
-    return max(128, triton.next_power_of_2(d_state))
+    """Return the number of tokens between two saved states: 64, or more for more than 64 states."""
+    return max(64, 1 << (d_state - 1).bit_length())
 
 
-def forward_plan(batch: int, seqlen: int, d_inner: int, d_state: int, device: torch.device) -> Plan:
-    """Return the launch of the forward kernels."""
-    return _plan(batch, seqlen, d_inner, d_state, device, block=64, tile=16)
+def implementation(x: Tensor, d_state: int, *others: Tensor | None) -> tuple[str, str]:
+    """Return ``cuda`` or ``triton``, and the reason, for inputs like these.
 
-
-def backward_plan(batch: int, seqlen: int, d_inner: int, d_state: int, device: torch.device) -> Plan:
-    """Return the launch of the backward kernels."""
-    return _plan(batch, seqlen, d_inner, d_state, device, block=64, tile=8)
-
-
-def _plan(batch: int, seqlen: int, d_inner: int, d_state: int, device: torch.device, *, block: int, tile: int) -> Plan:
-    """Cut the sequence into the fewest segments that fill the GPU."""
-    chunk = chunk_length(d_state)
-    chunks = triton.cdiv(seqlen, chunk)
-    programs = batch * triton.cdiv(d_inner, block)
-    wanted = triton.cdiv(_multiprocessors(device) * _WARPS_PER_MULTIPROCESSOR, programs)
-    return Plan(block, tile, chunk * triton.cdiv(chunks, min(wanted, chunks)))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _MULTIPROCESSORS_OF_THE_INTERPRETER
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make ``device`` current: Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _channels_last(tensor: Tensor | None) -> Tensor | None:
-    """Return the tensor with neighbouring channels next to each other, copied only if they are not."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inputs:
-    """The inputs as the kernels want them."""
-
-    x: Tensor
-    delta: Tensor
-    A2: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    bias: Tensor | None
-    seq: Tensor | None
-    padded: int
-    flags: dict[str, bool]
-
-    @staticmethod
-    def of(
-        x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-        delta_bias: Tensor | None, delta_softplus: bool, seq_idx: Tensor | None,
-    ) -> _Inputs:  # fmt: skip
-        """Put B and C as (batch, d_state, padded seqlen), and log2(e) A as (d_state, d_inner)."""
-        seq = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
-        padded = triton.cdiv(x.shape[1], 64) * 64
-        contiguous = [None if t is None else t.contiguous() for t in (D, delta_bias)]
-        ready_x, ready_delta = _channels_last(x), _channels_last(delta)
-        assert ready_x is not None and ready_delta is not None
-        return _Inputs(
-            ready_x, ready_delta, (A.float() * kernels.LOG2_E.value).t().contiguous(), _transposed(B, seq, padded),
-            _transposed(C, seq, padded), contiguous[0], _channels_last(z), contiguous[1], seq, padded,
-            dict(HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
-                 HAS_SEQ=seq is not None, SOFTPLUS=delta_softplus),
-        )  # fmt: skip
-
-    def only(self, *names: str) -> dict[str, bool]:
-        """Return those of the flags that a kernel takes."""
-        return {name: self.flags[name] for name in names}
-
-
-def _transposed(matrix: Tensor, seq: Tensor | None, padded: int) -> Tensor:
-    """Return B or C as (batch, d_state, padded), where a thread loads the values of many tokens at once."""
-    batch, seqlen, d_state = matrix.shape
-    out = matrix.new_empty(batch, d_state, padded)
-    states = min(64, triton.next_power_of_2(d_state))
-    kernels.transpose_matrix[(padded // 64, batch, triton.cdiv(d_state, states))](
-        matrix, out, seq, seqlen, d_state, padded, *matrix.stride(), HAS_SEQ=seq is not None, ROWS=64, STATES=states
-    )
-    return out
-
-
-def _strides(*tensors: Tensor | None) -> list[int]:
-    """Return batch and token strides of each tensor, zeros for None."""
-    return [stride for t in tensors for stride in ((0, 0) if t is None else t.stride()[:2])]
-
-
-def _state_first(state: Tensor | None, like: Tensor, d_state: int) -> Tensor:
-    """Return a fresh (batch, d_state, d_inner) float32 copy of a state, or zeros."""
-    batch, _, d_inner = like.shape
-    if state is None:
-        return like.new_zeros(batch, d_state, d_inner, dtype=torch.float32)
-    return state.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    Raises:
+        UserError: ``MAMBACUS_GPU_KERNELS`` asks for what cannot run.
+    """
+    obstacle = gpu_cuda.obstacle(x, d_state, *others) if wants_cuda() else None
+    return choose_kernels("selective_scan", obstacle)
 
 
 def forward(
@@ -156,57 +47,25 @@ def forward(
     initial_state: Tensor | None,
     save_states: bool,
     *,
-    plan: Plan | None = None,
+    plan: gpu_cuda.Plan | gpu_triton.Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernels behind ``mambacus::selective_scan_forward``.
 
     Returns:
         y, final_state, and the states at the chunks' first tokens for `backward` (its last two dimensions hold
-        (d_state, d_inner) in this order whatever the shape says).
+        (d_state, d_inner) in this order whatever the shape says). The type of ``plan`` overrides the choice of kernels.
     """
-    batch, seqlen, d_inner = x.shape
-    d_state = A.shape[1]
-    plan = plan or forward_plan(batch, seqlen, d_inner, d_state, x.device)
-    chunk = chunk_length(d_state)
-    n_chunks, n_segments, blocks = (triton.cdiv(seqlen, chunk), triton.cdiv(seqlen, plan.segment),
-                                    triton.cdiv(d_inner, plan.block))  # fmt: skip
-    y = x.new_empty(batch, seqlen, d_inner)
-    chunk_states = x.new_empty(batch, n_chunks if save_states else 0, d_inner, d_state, dtype=torch.float32)
-    with _on(x.device):
-        i = _Inputs.of(x, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx)
-        final = _state_first(initial_state, x, d_state)
-        carry = final
-        sizes = (seqlen, d_inner, d_state, plan.segment, n_segments)
-        grid, options = (blocks, batch, n_segments), dict(TILE=plan.tile, BLOCK=plan.block, num_warps=1)
-        if n_segments > 1:
-            carry, exponent, shifts = _segment_buffers(x, d_state, n_segments)
-            kernels.segment_states[grid](
-                i.x, i.delta, i.A2, i.B, i.bias, i.seq, carry, exponent, shifts, *sizes, i.padded,
-                *_strides(i.x, i.delta), **i.only("HAS_BIAS", "HAS_SEQ", "SOFTPLUS"), **options,
-            )  # fmt: skip
-            _chain(carry, exponent, shifts, final, i.A2, reverse=False)
-        kernels.scan_forward[grid](
-            i.x, i.delta, i.A2, i.B, i.C, i.D, i.z, i.bias, i.seq, y, carry, chunk_states, *sizes, n_chunks, i.padded,
-            *_strides(i.x, i.delta, i.z), **i.flags, SAVE=save_states, CHUNK=chunk, **options,
-        )  # fmt: skip
-        return y, final.transpose(1, 2).contiguous(), chunk_states
+    inputs = (x, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx)
+    if not _takes_cuda(plan, x, delta, A, B, C, z):
+        from mambacus.ops.selective_scan import gpu_triton  # needs Triton
 
-
-def _segment_buffers(x: Tensor, d_state: int, n_segments: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `chain_segments` reads: states (zeroed), sums of steps, and of restarts."""
-    batch, _, d_inner = x.shape
-    return (
-        x.new_zeros(batch, n_segments, d_state, d_inner, dtype=torch.float32),
-        x.new_empty(batch, n_segments, d_inner, dtype=torch.float32),
-        x.new_empty(batch, n_segments, dtype=torch.float32),
-    )
-
-
-def _chain(carry: Tensor, exponent: Tensor, shifts: Tensor, start: Tensor, A2: Tensor, *, reverse: bool) -> None:
-    batch, n_segments, d_state, d_inner = carry.shape
-    kernels.chain_segments[(triton.cdiv(d_inner, 64), batch, d_state)](
-        carry, exponent, shifts, start, A2, d_inner, d_state, n_segments, REVERSE=reverse, BLOCK=64, num_warps=1
-    )
+        assert not isinstance(plan, gpu_cuda.Plan)
+        return gpu_triton.forward(*inputs, initial_state, save_states, plan=plan)
+    assert plan is None or isinstance(plan, gpu_cuda.Plan)
+    chunk = chunk_length(A.shape[1])
+    with torch.cuda.device(x.device):
+        plan = plan or gpu_cuda.forward_plan(x, A.shape[1], chunk)
+        return gpu_cuda.forward(gpu_cuda.Inputs.of(*inputs), initial_state, save_states, plan, chunk)
 
 
 def backward(
@@ -225,7 +84,7 @@ def backward(
     initial_state: Tensor | None,
     chunk_states: Tensor,
     *,
-    plan: Plan | None = None,
+    plan: gpu_cuda.Plan | gpu_triton.Plan | None = None,
 ) -> tuple[Tensor, ...]:
     """Run the kernels behind ``mambacus::selective_scan_backward``.
 
@@ -233,94 +92,37 @@ def backward(
         Gradients of x, delta, A, B, C, D, z, delta_bias, initial_state; an empty tensor for each that is None.
 
     Memory:
-        Besides the gradients: one state a tile (``4 d_state / tile`` bytes a token and channel), and partial sums of
-        the gradients of B and C (``8 d_state / block`` bytes a token and channel).
+        Besides the gradients, for each token and channel: partial sums of the gradients of B and C, ``8 d_state /
+        block`` bytes, a block being 32 to 128 channels; Triton's also one state a tile, ``4 d_state / tile`` bytes.
     """
-    batch, seqlen, d_inner = x.shape
-    d_state = A.shape[1]
-    plan = plan or backward_plan(batch, seqlen, d_inner, d_state, x.device)
-    chunk = chunk_length(d_state)
-    n_chunks, n_segments, blocks = (triton.cdiv(seqlen, chunk), triton.cdiv(seqlen, plan.segment),
-                                    triton.cdiv(d_inner, plan.block))  # fmt: skip
-    with _on(x.device):
-        i = _Inputs.of(x, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx)
-        ready = _channels_last(grad_y)
-        entering = _state_first(grad_final_state, x, d_state)
-        carry = entering
-        sizes = (seqlen, d_inner, d_state, plan.segment, n_segments)
-        grid, options = (blocks, batch, n_segments), dict(TILE=plan.tile, BLOCK=plan.block, num_warps=1)
-        if n_segments > 1:
-            carry, exponent, shifts = _segment_buffers(x, d_state, n_segments)
-            kernels.segment_adjoints[grid](
-                ready, i.delta, i.A2, i.C, i.z, i.bias, i.seq, carry, exponent, shifts, *sizes, i.padded,
-                *_strides(ready, i.delta, i.z), **i.only("HAS_Z", "HAS_BIAS", "HAS_SEQ", "SOFTPLUS"), **options,
-            )  # fmt: skip
-            _chain(carry, exponent, shifts, entering, i.A2, reverse=True)
-        buffer = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-        tile_states = buffer(blocks * batch * n_segments, chunk // plan.tile, d_state, plan.block)
-        sum_A = x.new_zeros(batch, n_segments, d_state, d_inner, dtype=torch.float32)
-        sum_B, sum_C = buffer(blocks, batch, d_state, i.padded), buffer(blocks, batch, d_state, i.padded)
-        sum_D, sum_bias = buffer(batch, n_segments, d_inner), buffer(batch, n_segments, d_inner)
-        grad_x = x.new_empty(x.shape)
-        grad_delta = delta.new_empty(delta.shape)
-        grad_z = x.new_empty(0) if z is None else z.new_empty(z.shape)
-        kernels.scan_backward[grid](
-            ready, i.x, i.delta, i.A2, i.B, i.C, i.D, i.z, i.bias, i.seq, chunk_states, carry, tile_states,
-            grad_x, grad_delta, grad_z, sum_A, sum_B, sum_C, sum_D, sum_bias, *sizes, n_chunks, batch, i.padded,
-            *_strides(ready, i.x, i.delta, i.z), **i.flags, CHUNK=chunk, **options,
+    inputs = (x, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx)
+    if not _takes_cuda(plan, x, delta, A, B, C, z):
+        from mambacus.ops.selective_scan import gpu_triton  # needs Triton
+
+        assert not isinstance(plan, gpu_cuda.Plan)
+        return gpu_triton.backward(grad_y, grad_final_state, *inputs, initial_state, chunk_states, plan=plan)
+    assert plan is None or isinstance(plan, gpu_cuda.Plan)
+    chunk = chunk_length(A.shape[1])
+    with torch.cuda.device(x.device):
+        plan = plan or gpu_cuda.backward_plan(x, A.shape[1], chunk)
+        grads = gpu_cuda.backward(
+            gpu_cuda.Inputs.of(*inputs), grad_y, grad_final_state, chunk_states, plan, chunk,
+            wants_initial=initial_state is not None,
         )  # fmt: skip
-        return (
-            grad_x,
-            grad_delta,
-            sum_A.sum((0, 1)).t().to(A.dtype, memory_format=torch.contiguous_format),
-            _token_gradient(sum_B, B),
-            _token_gradient(sum_C, C),
-            x.new_empty(0) if D is None else sum_D.sum((0, 1)).to(D.dtype),
-            grad_z,
-            x.new_empty(0) if delta_bias is None else sum_bias.sum((0, 1)).to(delta_bias.dtype),
-            x.new_empty(0) if initial_state is None else _initial_gradient(entering, initial_state),
+        wanted = (x, delta, A, B, C, D, z, delta_bias, initial_state)
+        return tuple(
+            x.new_empty(0) if like is None else grad.to(like.dtype) for grad, like in zip(grads, wanted, strict=True)
         )
 
 
-def _token_gradient(partial: Tensor, like: Tensor) -> Tensor:
-    """Return the gradient of B or C from its partial sums (block, batch, d_state, padded)."""
-    total = partial.sum(0)[..., : like.shape[1]]
-    return total.transpose(1, 2).to(like.dtype, memory_format=torch.contiguous_format)
-
-
-def _initial_gradient(leaving: Tensor, like: Tensor) -> Tensor:
-    """Return the gradient of the initial state, (batch, d_inner, d_state), from the adjoint that left the first token."""
-    return leaving.transpose(1, 2).to(like.dtype, memory_format=torch.contiguous_format, copy=True)
-
-
-def update(
-    state: Tensor,
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
+def update(state: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Run the kernel behind ``mambacus::selective_state_update``."""
-    batch, d_inner = x.shape
-    d_state = A.shape[1]
-    y = x.new_empty(batch, d_inner)
-    new_state = state.new_empty(batch, d_inner, d_state, dtype=torch.float32)
-    states = triton.next_power_of_2(d_state)
-    block = max(1, min(32, 2048 // states))
-    gate = _channels_last(z)
-    ready = [x if x.stride(-1) == 1 else x.contiguous(), delta if delta.stride(-1) == 1 else delta.contiguous()]
-    with _on(x.device):
-        kernels.state_update[(triton.cdiv(d_inner, block), batch)](
-            state, ready[0], ready[1], A.contiguous(), B, C, None if D is None else D.contiguous(), gate,
-            None if delta_bias is None else delta_bias.contiguous(), y, new_state, d_inner, d_state,
-            ready[0].stride(0), ready[1].stride(0), *B.stride(), *C.stride(),
-            0 if gate is None else gate.stride(0), *state.stride(),
-            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-            BLOCK=block, STATES=states, num_warps=4,
-        )  # fmt: skip
-    return y, new_state
+    from mambacus.ops.selective_scan import gpu_triton  # needs Triton
+
+    return gpu_triton.update(state, x, *args)
+
+
+def _takes_cuda(plan: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> bool:
+    if plan is not None:
+        return isinstance(plan, gpu_cuda.Plan)
+    return implementation(x, A.shape[1], delta, B, C, z)[0] == "cuda"

@@ -1,13 +1,13 @@
-"""Triton kernels of the selective scan; `gpu.py` launches them.
+"""Triton kernels of the selective scan; `gpu_triton.py` launches them.
 
-Terms: a *tile* is ``TILE`` tokens x ``BLOCK`` channels, held in registers; a *chunk* is the run of tokens between two saved
-states; a *segment* is the run of tokens one program walks through. Tensors private to the kernels keep states as
+Terms: a *tile* is ``TILE`` tokens x ``BLOCK`` channels, held in registers; a *chunk* is the run of tokens between two
+saved states; a *segment* is the run of tokens one program walks through. Tensors private to the kernels keep states as
 (..., d_state, d_inner), so that neighbouring threads touch neighbouring channels.
 
-Every kernel loops over the states n of a tile. For one n the tile's decays and drives are (TILE, BLOCK) matrices, scanned
-along the tokens; the state enters at the tile's first row and leaves at its last one through memory that only this
-program touches. Padding and rows past the end have step 0: they decay by 1 and drive by 0, so a state passes through.
-A restart adds `RESTART` to the exponent of the decay, which makes the decay 0.
+Every kernel loops over the states n of a tile. For one n the tile's decays and drives are (TILE, BLOCK) matrices,
+scanned along the tokens; the state enters at the tile's first row and leaves at its last one through memory that only
+this program touches. Padding and rows past the end have step 0: they decay by 1 and drive by 0, so a state passes
+through. A restart adds `RESTART` to the exponent of the decay, which makes the decay 0.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ else:  # one instruction each, where Triton's own treat denormals with three mor
 def channels(block, BLOCK: tl.constexpr):
     """Channels of a program, ``BLOCK / 32`` adjacent ones a thread.
 
-    Were more declared contiguous, the compiler would give a thread more channels and spread the tokens of a tile over the
-    threads of the warp; so each thread holds all tokens of its channels, and scans along them touch its registers alone.
+    Were more declared contiguous, the compiler would give a thread more channels and spread the tokens of a tile over
+    the threads of the warp; so each thread holds all tokens of its channels, and scans along them touch its registers
+    alone.
     """
     return tl.max_contiguous(block * BLOCK + tl.arange(0, BLOCK), BLOCK // 32 if BLOCK >= 32 else 1)
 
@@ -79,9 +80,10 @@ def sigmoid(x):
     return reciprocal(1.0 + exp2(-x * LOG2_E))
 
 
-# The two scans are written out row by row. With all tokens of a channel in one thread, to choose a row costs nothing (it
-# is picked in integers, since the compiler may drop the addition of an integer 0), and what remains is the bare recurrence.
-# Triton's associative_scan gives the same code forwards, but backwards it moves every value through the other threads.
+# The two scans are written out row by row. With all tokens of a channel in one thread, to choose a row costs nothing
+# (it is picked in integers, since the compiler may drop the addition of an integer 0), and what remains is the bare
+# recurrence. Triton's associative_scan gives the same code forwards, but backwards it moves every value through the
+# other threads.
 
 
 @triton.jit
@@ -99,7 +101,7 @@ def scan_states(decay, value, h, TILE: tl.constexpr):
 
 @triton.jit
 def scan_adjoints(decay, into, g, TILE: tl.constexpr):
-    """Adjoints of a tile's states, ``into_t += g; g = decay_t into_t`` from the last row up, and what leaves the first."""
+    """Adjoints of a tile's states, ``into_t += g; g = decay_t into_t`` from the last row up; what leaves the first."""
     decay_bits = decay.to(tl.int32, bitcast=True)
     into_bits = into.to(tl.int32, bitcast=True)
     for back in tl.static_range(TILE):
@@ -314,8 +316,8 @@ def scan_backward(
     """Gradients of one segment, chunk by chunk from its end.
 
     For each chunk the states at its tiles are recomputed from the saved one into ``tile_states`` (program, tile, n, d);
-    then each tile, from the last, recomputes its states and scans the adjoints backwards. ``carry`` (batch, segment, n, d)
-    holds the adjoint that enters from later tokens, then the one that leaves. grad_B and grad_C are partial sums
+    then each tile, from the last, recomputes its states and scans the adjoints backwards. ``carry`` (batch, segment, n,
+    d) holds the adjoint that enters from later tokens, then the one that leaves. grad_B and grad_C are partial sums
     (block, batch, n, padded), grad_A (batch, segment, n, d), grad_D and grad_bias (batch, segment, d).
     """
     block = tl.program_id(0)

@@ -1,8 +1,8 @@
-"""Triton kernels of the causal convolution; `gpu.py` launches them.
+"""Triton kernels of the causal convolution; `gpu_triton.py` launches them.
 
-A *tap* of token t is the input j tokens before it, j = 0 .. d_conv - 1. Walking back from t, a tap lies in the row as long as
-the tokens passed belong to the document of t; where the row's first real token has been passed, the taps come from the
-initial state, its newest column first; beyond a restart they are zero.
+A *tap* of token t is the input j tokens before it, j = 0 .. d_conv - 1. Walking back from t, a tap lies in the row as
+long as the tokens passed belong to the document of t; where the row's first real token has been passed, the taps come
+from the initial state, its newest column first; beyond a restart they are zero.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def load_tap(
 ):  # fmt: skip
     """Tap j of each row in float32, and the walk one step further.
 
-    ``ids`` are the ids at tap j - 1, ``in_row`` and ``in_state`` say where that tap lay, ``depth`` how deep in the state.
+    ``ids`` are the ids at tap j - 1, ``in_row`` and ``in_state`` say where that tap lay, ``depth`` how deep in the
+    state.
     """
     here = token_ids(seq, batch, rows - j, seqlen, HAS_SEQ)
     if j == 0:
@@ -124,7 +125,7 @@ def input_gradient(
     HAS_FINAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_STATE: tl.constexpr,
     SILU: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the inputs at ``rows``; those before the row's first real token ``first`` stand for the initial state."""
+    """Gradient of the inputs at ``rows``; those before the first real token ``first`` stand for the initial state."""
     before = token_ids(seq, batch, rows, seqlen, HAS_SEQ)
     alive = (before >= 0) | ((rows < first) & (rows >= first - WIDTH))
     total = tl.zeros([TILE, BLOCK], tl.float32)
@@ -154,7 +155,7 @@ def conv_backward(
     HAS_FINAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_STATE: tl.constexpr,
     SILU: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of ``run`` tokens; grad_weight (batch, run, WIDTH, d) and grad_bias (batch, run, d) are partial sums."""
+    """Gradients of ``run`` tokens; grad_weight (batch, run, WIDTH, d), grad_bias (batch, run, d) are partial sums."""
     part = tl.program_id(0)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch = tl.program_id(2).to(tl.int64)
@@ -201,7 +202,7 @@ def conv_backward_state(
     HAS_FINAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEQ: tl.constexpr, SILU: tl.constexpr,
     WIDTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the initial state (batch, d, WIDTH): of the inputs at the WIDTH places before the first real token."""
+    """Gradient of the initial state (batch, d, WIDTH): of the WIDTH inputs before the first real token."""
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     batch = tl.program_id(1).to(tl.int64)
     d_ok = d < d_inner

@@ -1,0 +1,146 @@
+"""The CUDA C++ kernels on the CPU: compiled by g++ with ``cuda_emulator.h`` in place of a GPU.
+
+This finds wrong results, missing barriers and unwritten memory; a GPU alone shows whether NVRTC takes the source and
+how fast it is (``test_ops_gpu.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import conv_inputs, document_ids, hold_conv, hold_scan, scan_inputs
+from torch import Tensor
+
+from mambacus.ops import nvrtc
+from mambacus.ops.causal_conv1d import gpu_cuda as conv
+from mambacus.ops.selective_scan import gpu_cuda as scan
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+CHUNK = 32
+INSTRUCTIONS = {  # of the GPU, and what they do
+    "cvt.f32.f16": "value = (float)*(_Float16*)&bits;",
+    "cvt.rn.f16.f32": "_Float16 half = (_Float16)value; memcpy(&bits, &half, 2);",
+    "cvt.rn.bf16.f32": "unsigned all; memcpy(&all, &value, 4); bits = (all + 0x7fff + ((all >> 16) & 1)) >> 16;",
+    "ex2.approx.ftz.f32": "y = exp2f(x);",
+    "rcp.approx.ftz.f32": "y = 1.0f / x;",
+}
+
+
+def translate(source: str) -> str:
+    """Return C++ for g++: GPU instructions replaced, and a ``launch_`` function added for each kernel."""
+    for instruction, code in INSTRUCTIONS.items():
+        source = re.sub(rf'asm\("{re.escape(instruction)}[^;]*;"[^;]*;', code, source)
+    assert "asm(" not in source
+    source = source.replace(
+        "extern __shared__ __align__(16) float memory[];", "float* memory = (float*)dynamic_memory;"
+    )
+    kernel = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(const Args p\) \{')
+    launch = (
+        r'struct Args; static void \1_body(const Args&); extern "C" void launch_\1(const void* args, int x, int y, '
+        r"int z, int threads, int shared_bytes) { emulator::launch([](const void* a) { \1_body(*(const Args*)a); }, "
+        r"args, {x, y, z}, threads, shared_bytes); } static void \1_body(const Args& p) {"
+    )
+    return f'#include "{Path(__file__).with_name("cuda_emulator.h")}"\n' + kernel.sub(launch, source)
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[nvrtc.Program], ctypes.CDLL]:
+    folder = tmp_path_factory.mktemp("cuda")
+
+    @functools.cache
+    def compile_program(program: nvrtc.Program) -> ctypes.CDLL:
+        stem = folder / str(len(list(folder.glob("*.cpp"))))
+        stem.with_suffix(".cpp").write_text(translate(program.source))
+        command = ["g++", "-O0", "-w", "-shared", "-fPIC", "-std=c++17", *(f"-D{macro}" for macro in program.macros)]
+        library = stem.with_suffix(".so")
+        done = subprocess.run([*command, f"{stem}.cpp", "-o", library], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return ctypes.CDLL(str(library))
+
+    return compile_program
+
+
+@pytest.fixture(autouse=True)
+def _emulated(build: Callable[[nvrtc.Program], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(program: nvrtc.Program, name: str, shared_bytes: int = 0) -> Callable[..., None]:
+        function = getattr(build(program), f"launch_{name}")
+        return lambda grid, threads, arguments: function(ctypes.byref(arguments), *grid, threads, shared_bytes)
+
+    monkeypatch.setattr(nvrtc.Program, "kernel", kernel)
+    monkeypatch.setattr(conv, "_RUN", 16)
+    monkeypatch.setattr(conv, "_THREADS", 32)
+
+
+def hold(inputs: dict[str, Any], forward_plan: scan.Plan, backward_plan: scan.Plan, **options: Any) -> None:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return scan.forward(scan.Inputs.of(*args[:10]), args[10], args[11], forward_plan, CHUNK)
+
+    def backward(grad_y: Tensor, grad_final: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+        i = scan.Inputs.of(*args[:10])
+        grads = scan.backward(i, grad_y, grad_final, args[11], backward_plan, CHUNK, wants_initial=args[10] is not None)
+        given = (*args[:8], args[10])
+        return tuple(torch.empty(0) if a is None else g.to(a.dtype) for g, a in zip(grads, given, strict=True))
+
+    hold_scan(forward, backward, inputs, **options)
+
+
+WHOLE = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [
+        (scan.Plan(4, 1, 16, 1, WHOLE), scan.Plan(4, 1, 16, 1, WHOLE)),
+        (scan.Plan(4, 2, 16, 1, 64), scan.Plan(4, 2, 8, 1, 64)),
+        (scan.Plan(8, 1, 32, 1, 32), scan.Plan(8, 1, 16, 1, 32)),
+    ],
+    ids=["whole", "two channels a thread, segments", "eight warps, segments"],
+)
+def test_scan_with_documents(forward: scan.Plan, backward: scan.Plan) -> None:
+    seq_idx = document_ids(5, 75)
+    hold(scan_inputs((5, 75, 40, 5), seq_idx=seq_idx), forward, backward, seq_idx=seq_idx)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scan_whole_blocks(dtype: torch.dtype) -> None:
+    plan = scan.Plan(4, 1, 16, 1, WHOLE)
+    hold(scan_inputs((1, 37, 64, 16), dtype), plan, plan)
+
+
+def test_scan_without_options() -> None:
+    plan = scan.Plan(4, 1, 16, 1, WHOLE)
+    inputs = scan_inputs((2, 33, 20, 1), absent=("D", "z", "delta_bias", "initial_state"))
+    hold(inputs | {"delta": inputs["delta"].abs()}, plan, plan, softplus=False, with_final=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conv_with_documents(dtype: torch.dtype) -> None:
+    seq_idx = document_ids(5, 45)
+    inputs = conv_inputs((5, 45, 20, 4), dtype, seq_idx=seq_idx)
+    hold_conv(conv.forward, conv.backward, inputs, seq_idx=seq_idx)
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 33, 4), (2, 2, 30, 5), (1, 9, 30, 1)])
+def test_conv_shapes(shape: tuple[int, int, int, int]) -> None:
+    hold_conv(conv.forward, conv.backward, conv_inputs(shape))
+    inputs = conv_inputs(shape, absent=("initial_state",))
+    hold_conv(conv.forward, conv.backward, inputs, with_final=False, silu=False)
+
+
+def test_arguments_match_the_source() -> None:
+    """ctypes lays the struct out as the C++ one: same names in the same order."""
+    for module, path in ((scan, scan._SOURCE), (conv, conv._SOURCE)):
+        body = re.search(r"struct Args \{(.*?)\n\};", path.read_text(), re.S)
+        assert body is not None
+        lines = [line.split("//")[0].strip() for line in body[1].splitlines()]
+        names = re.findall(r"(\w+)\s*[,;]", " ".join(lines))
+        assert names == [name for name, _ in module._Args._fields_]

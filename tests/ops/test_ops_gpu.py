@@ -1,0 +1,125 @@
+"""The kernels on a GPU, CUDA C++ and Triton: ``pytest -m gpu tests/ops``."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import SCAN_NAMES, conv_inputs, document_ids, hold_conv, hold_scan, scan_inputs
+
+from mambacus.ops import causal_conv1d, selective_scan
+from mambacus.ops.causal_conv1d.reference import causal_conv1d_update_ref
+from mambacus.ops.selective_scan.reference import selective_state_update_ref
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPTIONAL = ("D", "z", "delta_bias", "initial_state")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("MAMBACUS_GPU_KERNELS", request.param)
+    return request.param
+
+
+def hold(inputs: dict[str, Any], forward_plan: Any = None, backward_plan: Any = None, **options: Any) -> None:
+    from mambacus.ops.selective_scan import gpu
+
+    forward = functools.partial(gpu.forward, plan=forward_plan)
+    hold_scan(forward, functools.partial(gpu.backward, plan=backward_plan), inputs, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scan_with_documents(kernels: str, dtype: torch.dtype) -> None:
+    seq_idx = document_ids(5, 150, "cuda")
+    hold(scan_inputs((5, 150, 70, 16), dtype, seq_idx=seq_idx, device="cuda"), seq_idx=seq_idx)
+
+
+def test_scan_whole_blocks(kernels: str) -> None:
+    hold(scan_inputs((2, 150, 128, 16), device="cuda"))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 70, 33, 17), (2, 65, 40, 1), (1, 1, 64, 16), (1, 140, 40, 64), (1, 150, 40, 130)]
+)
+def test_scan_odd_shapes(shape: tuple[int, int, int, int]) -> None:
+    hold(scan_inputs(shape, device="cuda"))
+
+
+@pytest.mark.parametrize("absent", [(name,) for name in OPTIONAL] + [OPTIONAL])
+def test_scan_without_an_option(absent: tuple[str, ...]) -> None:
+    hold(scan_inputs((2, 100, 64, 16), absent=absent, device="cuda"), with_final=len(absent) == 1)
+
+
+def test_scan_without_softplus() -> None:
+    inputs = scan_inputs((2, 50, 64, 16), absent=("delta_bias",), device="cuda")
+    hold(inputs | {"delta": inputs["delta"].abs()}, softplus=False)
+
+
+@pytest.mark.parametrize(
+    "numbers", [(4, 1, 16, 1, 64), (8, 1, 16, 1, 128), (4, 2, 8, 1, 64), (4, 2, 8, 2, 192), (4, 1, 16, 3, 192)]
+)
+def test_scan_launches(numbers: tuple[int, ...]) -> None:
+    from mambacus.ops.selective_scan.gpu_cuda import Plan
+
+    seq_idx = document_ids(5, 150, "cuda")
+    plan = Plan(*numbers)
+    hold(scan_inputs((5, 150, 70, 16), seq_idx=seq_idx, device="cuda"), plan, plan, seq_idx=seq_idx)
+
+
+def test_scan_triton_segments() -> None:
+    from mambacus.ops.selective_scan.gpu_triton import Plan
+
+    plan = Plan(64, 8, 64)
+    hold(scan_inputs((2, 150, 70, 5), device="cuda"), plan, plan)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conv_with_documents(kernels: str, dtype: torch.dtype) -> None:
+    from mambacus.ops.causal_conv1d import gpu
+
+    seq_idx = document_ids(5, 150, "cuda")
+    inputs = conv_inputs((5, 150, 70, 4), dtype, seq_idx=seq_idx, device="cuda")
+    hold_conv(gpu.forward, gpu.backward, inputs, seq_idx=seq_idx)
+
+
+@pytest.mark.parametrize("shape", [(2, 150, 256, 4), (2, 2, 30, 4), (1, 40, 30, 3), (1, 9, 30, 1)])
+def test_conv_shapes(kernels: str, shape: tuple[int, int, int, int]) -> None:
+    from mambacus.ops.causal_conv1d import gpu
+
+    hold_conv(gpu.forward, gpu.backward, conv_inputs(shape, device="cuda"))
+    inputs = conv_inputs(shape, device="cuda", absent=("bias", "initial_state"))
+    hold_conv(gpu.forward, gpu.backward, inputs, with_final=False, silu=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_updates(dtype: torch.dtype) -> None:
+    from mambacus.ops.causal_conv1d import gpu as conv
+    from mambacus.ops.selective_scan import gpu as scan
+
+    inputs = scan_inputs((3, 1, 100, 17), dtype, device="cuda")
+    one = {k: v[:, 0] if k in ("x", "delta", "B", "C", "z") else v for k, v in inputs.items()}
+    order = (one["initial_state"], *(one[k] for k in SCAN_NAMES[:7]))
+    want = selective_state_update_ref(*order, delta_bias=one["delta_bias"])
+    for a, b in zip(scan.update(*order, one["delta_bias"], True), want, strict=True):
+        torch.testing.assert_close(a, b)
+    conved = conv_inputs((3, 1, 100, 4), dtype, device="cuda")
+    given = (conved["x"][:, 0], conved["initial_state"], conved["weight"], conved["bias"])
+    for a, b in zip(conv.update(*given, True), causal_conv1d_update_ref(*given), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_public_functions_under_autograd() -> None:
+    inputs = scan_inputs((2, 40, 64, 16), device="cuda")
+    leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+    order = [leaves[k] for k in SCAN_NAMES[:7]]
+    options = {"delta_bias": leaves["delta_bias"], "initial_state": leaves["initial_state"]}
+    grads = []
+    for backend in ("auto", "reference"):
+        y, state = selective_scan(*order, **options, backend=backend)
+        mixed, _ = causal_conv1d(y, leaves["x"].new_ones(64, 4), None, backend=backend)
+        grads.append(torch.autograd.grad(mixed.square().sum() + state.square().sum(), list(leaves.values())))
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
