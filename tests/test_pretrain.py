@@ -361,4 +361,4 @@ def test_shipped_recipe_is_valid() -> None:
 
     recipe = Path(__file__).parents[1] / "recipes" / "pretrain-tiny.yaml"
     config = parse(pretrain.Config, ["-c", str(recipe), "--out", "o", "--data-dir", "d"], "x", "")
-    assert (config.d_model, config.n_layer, config.vocab_size, config.max_minutes) == (256, 8, 4096, 8)
+    assert (config.d_model, config.n_layer, config.vocab_size, config.max_minutes) == (256, 8, 4096, 5.5)

@@ -3,9 +3,10 @@
     Mia has 7 apples. She buys 5 more. 7 + 5 = 12, so now Mia has 12 apples.
 
 Three kinds: a *ledger* follows one count through events, a *comparison* sets two or three people side by side, and a
-*scene* is one template of ``texts/narratives.txt``. A story reckons while it is told, at its end, or not at all.
-Equations are spaced as in the solutions of `wordproblems`; the labels of those (``Left:``), ``####`` and the sentences
-of its templates never occur.
+*scene* is a template of one situation. A story reckons while it is told, at its end, or not at all.
+Scenes are the templates of ``texts/narratives.txt`` and those training templates of `wordproblems` that have the two
+statements: the situation is told and reckoned, and never asked about. No held-out template is told, and nothing holds
+the format of questions and answers.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mambacus.data.lexicon import CONTAINERS, NOUNS, Noun, counted, draw_people
-from mambacus.data.templates import MAX_RESULT, fill, load_templates
+from mambacus.data.templates import MAX_RESULT, Template, fill, load_templates
 
 _LEDGER_ITEMS = NOUNS["things"] + NOUNS["toys"] + NOUNS["flowers"] + NOUNS["vegetables"] + NOUNS["clothes"]
 _COMPARED = (*_LEDGER_ITEMS, "point", "dollar", "coin", "book", "picture", "song", "goal", "page")
 _GIVEN_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_LEDGER_RATE = 0.25
+_COMPARISON_RATE = 0.15
 _MAX_EVENTS = 4
 _MAX_COUNT = 12
 _ASIDE_RATE = 0.15
@@ -45,9 +48,9 @@ def phrases() -> Mapping[str, tuple[str, ...]]:
 def narrative(rng: random.Random) -> str:
     """Return one story; the same state of ``rng`` gives the same story."""
     kind = rng.random()
-    if kind < 0.45:
+    if kind < _LEDGER_RATE:
         return _ledger(rng)
-    if kind < 0.65:
+    if kind < _LEDGER_RATE + _COMPARISON_RATE:
         return _comparison(rng)
     return _scene(rng)
 
@@ -58,7 +61,7 @@ class _Story:
     def __init__(self, rng: random.Random, slots: dict[str, Any], styles: tuple[str, ...]) -> None:
         self.rng = rng
         self.slots = slots
-        self.style = rng.choices(styles, weights=[{"running": 40, "final": 45, "bare": 15}[name] for name in styles])[0]
+        self.style = rng.choices(styles, weights=[{"running": 40, "final": 55, "bare": 5}[name] for name in styles])[0]
         self.told: list[str] = []
         self.last = ""  # the kind of the last event
         self.equations: list[str] = []
@@ -280,8 +283,14 @@ def _measured(story: _Story) -> str:
 # Scenes
 
 
+@functools.cache
+def scenes() -> tuple[Template, ...]:
+    """Return the templates that are told as scenes: those with a goal and an outcome, held-out ones apart."""
+    return tuple(t for name in ("narratives", "train") for t in load_templates(name) if t.goal and t.close)
+
+
 def _scene(rng: random.Random) -> str:
-    drawn = rng.choice(load_templates("narratives")).draw(rng)
+    drawn = rng.choice(scenes()).draw(rng)
     template = drawn.template
     story = _Story(rng, dict(drawn.slots), ("final", "bare"))
     if rng.random() < _ASIDE_RATE:
@@ -291,7 +300,7 @@ def _scene(rng: random.Random) -> str:
     for step in template.steps:
         unit = counted(drawn.values[step.result], step.unit.format_map(drawn.slots)).partition(" ")[2]
         story.reckon(drawn.equation(step), unit)
-    return story.finish(drawn.text(template.ask, rng), drawn.text(template.close, rng))
+    return story.finish(drawn.text(template.goal, rng), drawn.text(template.close, rng))
 
 
 def _people(rng: random.Random, slots: Mapping[str, Any]) -> dict[str, Any]:

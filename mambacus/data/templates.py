@@ -4,14 +4,16 @@ A template is data, kept in ``texts/*.txt``, one paragraph each::
 
     # buy-then-give                                        its key
     {A} has {x} {i.s}. {A.He} [buys|gets] {y} more.        the story
-    ? How many {i.s} does {A} have now?                    the question, or the statement of what is looked for
-    = Now: x + y = t {i}                                   a step: label, equation, unit of the result
-    ! In the end {A} has {t} {i.s}.                        the outcome (narratives only)
+    ? How many {i.s} does {A} have now?                    the question
+    ~ {A} counts how many {i.s} {A.he} has now.            the same as a statement
+    = x + y = t {i}                                        a step: equation, unit of the result
+    ! In the end {A} has {t} {i.s}.                        the outcome
     x 4-80; y 3-50; i fruit small; x != y                  ranges, nouns (names of `lexicon.NOUNS`), unequal numbers
 
 Slots are those of `str.format`: numbers, people (``{A}``, ``{A.he}``, ``{A.His}``), nouns (``{i}``, plural ``{i.s}``,
 with its article ``{i.a}``); ``[buys|gets]`` is a choice of wordings. A step's operands are numbers of the text, results
-of earlier steps or literals; it is shown as ``Now: 12 + 5 = 17 apples``. Lines that start with ``//`` are comments.
+of earlier steps or literals; it is shown as ``12 + 5 = 17 apples``. Word problems need the question, pre-training
+stories the two statements; a template may serve both. Lines that start with ``//`` are comments.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "*": operator.mul,
     "/": operator.floordiv,
 }
-_STEP = re.compile(r"(?P<label>[^:]+): (?P<left>\w+) (?P<op>[-+*/]) (?P<right>\w+) = (?P<result>\w+) (?P<unit>.+)")
+_STEP = re.compile(r"(?P<left>\w+) (?P<op>[-+*/]) (?P<right>\w+) = (?P<result>\w+) (?P<unit>.+)")
 _RANGE = re.compile(r"(\w) (\d+)-(\d+)")
 _NOUNS = re.compile(r"(\w) ([a-z ]+)")
 _UNEQUAL = re.compile(r"(\w) != (\w)")
@@ -46,9 +48,8 @@ _PERSON = re.compile(r"\{([ABC])[.}]")
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One equation of a plan: ``label: left op right = result unit``; operands are variable names or literals."""
+    """One equation of a plan: ``left op right = result unit``; operands are variable names or literals."""
 
-    label: str
     left: str
     op: str
     right: str
@@ -57,7 +58,7 @@ class Step:
 
     @classmethod
     def parse(cls, text: str) -> Step:
-        """Read ``"Left: x - y = rest apple"``.
+        """Read ``"x - y = rest apple"``.
 
         Raises:
             ValueError: the text is not a step.
@@ -94,12 +95,13 @@ class Template:
     Attributes:
         key: unique name.
         story: the sentences that state the numbers.
-        ask: the question (of a word problem) or the statement of what is looked for (of a narrative).
+        ask: the question, or empty.
         steps: the plan; the last step's result is the answer.
         numbers: range of each number in the text, both ends included.
         nouns: the nouns each noun slot may take; slots of one template get different nouns.
         unequal: pairs of number names whose values must differ, where the sense of the text asks for it.
-        close: a statement of the outcome, which may use the results (narratives only).
+        goal: a statement of what is looked for, or empty.
+        close: a statement of the outcome, which may use the results, or empty.
     """
 
     key: str
@@ -109,12 +111,13 @@ class Template:
     numbers: Mapping[str, tuple[int, int]]
     nouns: Mapping[str, tuple[str, ...]]
     unequal: tuple[tuple[str, str], ...] = ()
+    goal: str = ""
     close: str = ""
 
     @functools.cached_property
     def people(self) -> tuple[str, ...]:
         """The person slots in use, in alphabetical order."""
-        texts = (self.story, self.ask, self.close, *(f"{s.label} {s.unit}" for s in self.steps))
+        texts = (self.story, self.ask, self.goal, self.close, *(step.unit for step in self.steps))
         return tuple(sorted({slot for text in texts for slot in _PERSON.findall(text)}))
 
     def draw_numbers(self, rng: random.Random) -> dict[str, int]:
@@ -172,11 +175,9 @@ class Drawn:
         return f"{left} {step.op} {right} = {self.values[step.result]}"
 
     def line(self, step: Step) -> str:
-        """Return ``Left: 12 - 5 = 7 apples`` for one step."""
-        label = step.label.format_map(self.slots)
+        """Return ``12 - 5 = 7 apples`` for one step."""
         left, right = operand(step.left, self.values), operand(step.right, self.values)
-        result = counted(self.values[step.result], step.unit.format_map(self.slots))
-        return f"{label}: {left} {step.op} {right} = {result}"
+        return f"{left} {step.op} {right} = {counted(self.values[step.result], step.unit.format_map(self.slots))}"
 
 
 def fill(template: str, rng: random.Random, slots: Mapping[str, Any]) -> str:
@@ -200,10 +201,12 @@ def load_templates(name: str) -> tuple[Template, ...]:
 def _parse_template(block: str) -> Template:
     """Read one paragraph; see the module's text."""
     head, story, *rest, slots = block.strip().splitlines()
-    marked: dict[str, list[str]] = {"?": [], "=": [], "!": []}
+    marked: dict[str, list[str]] = {"?": [], "~": [], "=": [], "!": []}
     for line in rest:
-        marked[line[0]].append(line[2:])
-    if not head.startswith("# ") or len(marked["?"]) != 1 or not marked["="]:
+        marked.get(line[0], []).append(line[2:])
+    read = sum(map(len, marked.values()))
+    once = all(len(marked[mark]) <= 1 for mark in "?~!")
+    if not head.startswith("# ") or read < len(rest) or not once or not marked["="] or not (marked["?"] or marked["~"]):
         raise ValueError(f"not a template: {head!r}")
     numbers: dict[str, tuple[int, int]] = {}
     nouns: dict[str, tuple[str, ...]] = {}
@@ -218,5 +221,5 @@ def _parse_template(block: str) -> Template:
         else:
             raise ValueError(f"template {head!r}: not a range, nouns or an inequality: {part!r}")
     steps = tuple(map(Step.parse, marked["="]))
-    close = marked["!"][0] if marked["!"] else ""
-    return Template(head[2:], story, marked["?"][0], steps, numbers, nouns, tuple(unequal), close)
+    ask, goal, close = ("".join(marked[mark]) for mark in "?~!")
+    return Template(head[2:], story, ask, steps, numbers, nouns, tuple(unequal), goal, close)

@@ -3,7 +3,7 @@
 >>> generate(1, split="train", seed=0)[0].solution.splitlines()[-1]
 '#### 50'
 
-Every line of a solution but the last shows one equation (``Left: 12 - 5 = 7 apples``); the last is ``#### N``. The
+Every line of a solution but the last shows one equation (``12 - 5 = 7 apples``); the last is ``#### N``. The
 plans of the test templates (which operations follow each other) all occur among the training templates; their
 situations and sentences do not.
 """
@@ -129,6 +129,6 @@ def _make(template: Template, split: str, identifier: str, rng: random.Random) -
 
 
 def solution(drawn: Drawn) -> str:
-    """Return the worked solution: one labelled equation a line, then ``#### N``."""
+    """Return the worked solution: one equation a line, then ``#### N``."""
     lines = [drawn.line(step) for step in drawn.template.steps]
     return "\n".join([*lines, f"{ANSWER_MARK} {drawn.answer}"])

@@ -48,7 +48,7 @@ def test_saved_beside_a_mamba_config_it_reads_the_same(tokenizer: Any, tmp_path:
     from transformers import AutoTokenizer, MambaConfig
 
     tokenizer.save_pretrained(tmp_path)
-    text = "Left: 120 - 17 = 103 apples\n#### 103"
+    text = "120 - 17 = 103 apples\n#### 103"
     alone = AutoTokenizer.from_pretrained(tmp_path)
     assert alone.encode(text) == tokenizer.encode(text)
     MambaConfig(vocab_size=600).save_pretrained(tmp_path)

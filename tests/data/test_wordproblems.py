@@ -17,8 +17,7 @@ from mambacus.data.wordproblems import WordProblem, by_steps, generate
 from mambacus.runtime.errors import UserError
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
-LINE = re.compile(r"(?P<label>[^:]+): (\d+) ([-+*/]) (\d+) = (\d+) (?P<unit>[a-z ]+)")
-LITERALS = {"2": ("twice", "half"), "7": ("weeks",)}
+LINE = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+) (?P<unit>[a-z ]+)")
 
 
 @pytest.fixture(scope="module", params=["train", "test"])
@@ -35,7 +34,7 @@ def test_equations_are_right_and_lead_to_the_answer(problems: list[WordProblem])
         for line in lines:
             match = LINE.fullmatch(line)
             assert match, line
-            left, op, right, result = int(match[2]), match[3], int(match[4]), int(match[5])
+            left, op, right, result = int(match[1]), match[2], int(match[3]), int(match[4])
             assert OPERATIONS[op](left, right) == result, line
             assert op != "/" or left % right == 0, line
             assert 1 <= result <= MAX_RESULT, line
@@ -49,6 +48,7 @@ def test_equations_are_right_and_lead_to_the_answer(problems: list[WordProblem])
 
 
 def test_every_number_is_used_or_a_declared_distractor(problems: list[WordProblem]) -> None:
+    templates = {template.key: template for split in ("train", "heldout") for template in load_templates(split)}
     for problem in problems:
         assert problem.solution is not None
         stated = [int(number) for number in re.findall(r"\d+", problem.question)]
@@ -57,10 +57,11 @@ def test_every_number_is_used_or_a_declared_distractor(problems: list[WordProble
         operands: set[str] = set()
         results: set[str] = set()
         for line in problem.solution.split("\n")[:-1]:
-            _, left, _, right, result = re.findall(r"[^:]+(?=:)|\d+|[-+*/](?= )", line)[:5]
+            left, right, result = re.findall(r"\d+", line)
             operands |= {left, right} - results
             results.add(result)
-        literals = {n for n, words in LITERALS.items() if any(word in problem.question for word in words)}
+        steps = templates[problem.template].steps
+        literals = {name for step in steps for name in (step.left, step.right) if name.isdecimal()}  # told in words
         assert {str(n) for n in stated} <= operands | results, problem
         assert operands <= {str(n) for n in stated} | literals, problem
 
@@ -145,8 +146,8 @@ def _plan(template: Template) -> tuple[tuple[str, str, str], ...]:
 
 
 def test_enough_templates() -> None:
-    assert sum(map(len, by_steps("train").values())) >= 60
-    assert sum(map(len, by_steps("test").values())) >= 25
+    assert sum(map(len, by_steps("train").values())) >= 400
+    assert sum(map(len, by_steps("test").values())) >= 50
     assert all(len(group) >= 8 for split in ("train", "test") for group in by_steps(split).values())
 
 
@@ -157,11 +158,9 @@ def test_splits_share_no_sentence() -> None:
     assert not set(wordproblems.DISTRACTORS["train"]) & set(wordproblems.DISTRACTORS["test"])
 
 
-def test_heldout_plans_and_labels_occur_in_training() -> None:
+def test_heldout_plans_occur_in_training() -> None:
     train, test = load_templates("train"), load_templates("heldout")
     assert {_plan(t) for t in test} <= {_plan(t) for t in train}
-    labels = {step.label for t in train for step in t.steps}
-    assert {step.label for t in test for step in t.steps} <= labels
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -181,14 +180,14 @@ def test_templates_are_sound(split: str) -> None:
 
 
 def test_contradicting_template_is_refused() -> None:
-    template = Template("bad", "{x}", "?", (Step.parse("Left: x - x = t apple"),), {"x": (2, 9)}, {})
+    template = Template("bad", "{x}", "?", (Step.parse("x - x = t apple"),), {"x": (2, 9)}, {})
     with pytest.raises(RuntimeError, match="bad"):
         template.draw_numbers(random.Random(0))
 
 
 def test_step_needs_its_form() -> None:
     with pytest.raises(ValueError, match="not a step"):
-        Step.parse("Left: x - y")
+        Step.parse("x - y")
 
 
 # Grammar
