@@ -1,25 +1,27 @@
 """One way from a frozen dataclass to a command line: flag > YAML > default.
 
 A command declares a frozen dataclass whose fields are made by `opt`; `parse` turns ``argv`` into an instance. Each
-default has one home (the dataclass), each help text says the unit, and unknown YAML keys are errors.
+default has one home (the dataclass), each help text says the unit, and what is unknown or out of range is an error.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import math
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
+from typing import Any, NoReturn, TypeVar
 
 from mambacus.runtime.errors import UserError, suggest
+from mambacus.runtime.yaml_files import read_mapping
 
 ConfigT = TypeVar("ConfigT")
+MOST_SEED = 2**32 - 1  # numpy takes no larger seed
 
 
 def opt(
@@ -27,32 +29,101 @@ def opt(
     help: str = "",  # the name argparse uses
     *,
     choices: Sequence[str] | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
     positional: bool = False,
     metavar: str | None = None,
 ) -> Any:
     """Declare one field of a command's configuration.
 
+    Of a tuple field, choices and bounds hold for every element; None is always within them.
+
     Args:
         default: value when neither flag nor YAML gives one; without it the field is required.
         help: one line for ``--help``, with the unit.
         choices: the allowed strings.
+        least: smallest allowed number.
+        above: the number must be larger than this.
+        most: largest allowed number.
+        below: the number must be smaller than this.
         positional: take the value from the command line's bare words (a tuple field takes all of them).
         metavar: placeholder in ``--help``.
     """
-    metadata = {"help": help, "choices": choices, "positional": positional, "metavar": metavar}
+    bounds = {"least": least, "above": above, "most": most, "below": below}
+    metadata = {"help": help, "choices": choices, "positional": positional, "metavar": metavar, **bounds}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def check(config: Any, *faults: str, where: str = "") -> None:
+    """Refuse a configuration with a value that its field's `opt` does not allow, or with faults the caller found.
+
+    Args:
+        config: an instance of a command's dataclass.
+        faults: what else is wrong, one clause each.
+        where: what the message begins with, for example the recipe that the values come from.
+
+    Raises:
+        UserError: naming all faults at once.
+    """
+    found = [
+        fault for field in dataclasses.fields(config) for fault in _field_faults(field, getattr(config, field.name))
+    ]
+    if found or faults:
+        raise UserError((f"{where}: " if where else "") + "; ".join((*found, *faults)))
+
+
+def _field_faults(field: dataclasses.Field[Any], value: Any) -> list[str]:
+    faults = []
+    for part in value if isinstance(value, tuple) else (value,):
+        expected = None if part is None else _expected(field.metadata, part)
+        if expected:
+            hint = suggest(part, field.metadata["choices"]) if isinstance(part, str) else ""
+            faults.append(f"{_flag(field)}: expected {expected}, got {part!r}{hint}")
+    return faults
+
+
+def _expected(allowed: Mapping[str, Any], value: Any) -> str | None:
+    """Return what was expected where ``value`` is not it, else None."""
+    if allowed.get("choices"):
+        return None if value in allowed["choices"] else f"one of {', '.join(allowed['choices'])}"
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    least, above, most, below = (allowed.get(name) for name in ("least", "above", "most", "below"))
+    bounds = [
+        text
+        for bound, text in (
+            (least, f"{least} or more"), (above, f"more than {above}"), (most, f"at most {most}"),
+            (below, f"less than {below}"),
+        )
+        if bound is not None
+    ]  # fmt: skip
+    within = (
+        math.isfinite(value)
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+        and (below is None or value < below)
+    )
+    return None if within else " and ".join(bounds) or "a finite number"
+
+
+def _flag(field: dataclasses.Field[Any]) -> str:
+    """Return the name by which the user knows a field: its flag, or the word in ``--help`` of a positional one."""
+    if field.metadata.get("positional"):
+        return str(field.metadata.get("metavar") or field.name.upper())
+    return "--" + field.name.replace("_", "-")
 
 
 def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str, description: str) -> ConfigT:
     """Build ``config_class`` from the command line and an optional YAML file (``-c``).
 
     Raises:
-        UserError: unknown YAML key, value of the wrong type, missing required field.
-        SystemExit: ``--help`` (0) or an argument argparse refuses (2).
+        UserError: unknown flag or YAML key, a value of the wrong type or out of range, missing required field.
+        SystemExit: ``--help`` was asked for and printed.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=_HelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(prog=prog, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "-c", "--config", type=Path, metavar="FILE.yaml", help="YAML file with the same keys as the flags"
     )
@@ -61,24 +132,41 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str, descripti
     fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
     for field in fields:
         _add_argument(parser, field, hints[field.name])
-    given = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.refuse(unknown)
+    given = vars(known)
     if given.pop("debug"):
         os.environ["MAMBACUS_DEBUG"] = "1"
     config_path = given.pop("config")
-    values = _read_yaml(config_path, hints) if config_path else {}
+    values = from_mapping(read_mapping(config_path, "--config"), hints, str(config_path)) if config_path else {}
     flags = {name: value for name, value in given.items() if value is not _UNSET}
     values |= {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
-    missing = [
-        f.metadata["metavar"] or f.name if f.metadata["positional"] else "--" + f.name.replace("_", "-")
-        for f in fields
-        if f.name not in values and f.default is dataclasses.MISSING
-    ]
+    missing = [_flag(f) for f in fields if f.name not in values and f.default is dataclasses.MISSING]
     if missing:
         raise UserError(f"missing {', '.join(missing)} (see {prog} --help)")
-    return config_class(**values)
+    config = config_class(**values)
+    check(config)
+    return config
 
 
 _UNSET: Any = object()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse's parser with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print below the usage."""
+        raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """Raise for words that no argument took."""
+        flags = [word for word in words if word.startswith("-")]
+        if flags:
+            hint = suggest(flags[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unknown flag {', '.join(flags)}{hint}")
+        self.error(f"unexpected {', '.join(map(repr, words))}")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -89,55 +177,54 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
-    base, is_tuple = _base_type(hint)
-    text = field.metadata.get("help", "")
+    base, is_tuple, _ = _base_type(hint)
+    about = field.metadata
+    text = about.get("help", "")
     if field.default not in (dataclasses.MISSING, None, (), ""):
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         text += f" (default: {shown})"
     options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": _UNSET}
-    if field.metadata.get("positional"):
-        options |= {
-            "type": base,
-            "nargs": "*" if is_tuple else "?",
-            "metavar": field.metadata.get("metavar") or field.name.upper(),
-        }
+    convert = functools.partial(_from_text, base=base)
+    if about.get("positional"):
+        options |= {"type": convert, "nargs": "*" if is_tuple else "?", "metavar": _flag(field)}
         parser.add_argument(field.name, **options)
         return
     if base is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif is_tuple:
-        options |= {
-            "type": lambda text: tuple(base(part) for part in text.split(",") if part),
-            "metavar": f"{base.__name__.upper()},...",
-        }
+        options |= {"type": functools.partial(_tuple_from_text, base=base), "metavar": f"{base.__name__.upper()},..."}
+    elif about.get("choices"):
+        options |= {"type": convert, "metavar": "{" + ",".join(about["choices"]) + "}"}
     else:
-        options |= {"type": base, "metavar": None if field.metadata.get("choices") else base.__name__.upper()}
-    if field.metadata.get("choices"):
-        options["choices"] = field.metadata["choices"]
-    if field.metadata.get("metavar"):
-        options["metavar"] = field.metadata["metavar"]
-    parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, **options)
+        options |= {"type": convert, "metavar": base.__name__.upper()}
+    if about.get("metavar"):
+        options["metavar"] = about["metavar"]
+    parser.add_argument(_flag(field), dest=field.name, **options)
 
 
-def _base_type(hint: Any) -> tuple[Any, bool]:
-    """Return (scalar type, is it a tuple of them) of ``int``, ``int | None``, ``tuple[int, ...]``."""
+def _from_text(text: str, base: Any) -> Any:
+    try:
+        return _convert(text, base)
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected {base.__name__}, got {text!r}") from None
+
+
+def _tuple_from_text(text: str, base: Any) -> tuple[Any, ...]:
+    parts = [part for part in text.split(",") if part]
+    if not parts:
+        raise argparse.ArgumentTypeError(f"expected {base.__name__},..., got {text!r}")
+    return tuple(_from_text(part, base) for part in parts)
+
+
+def _base_type(hint: Any) -> tuple[Any, bool, bool]:
+    """Return scalar type, is it a tuple of them, may it be None; of ``int``, ``int | None``, ``tuple[int, ...]``."""
+    optional = False
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        optional = type(None) in typing.get_args(hint)
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], True
-    return hint, False
-
-
-def _read_yaml(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise UserError(f"--config: no such file: {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"--config: {path}: expected keys and values, got a {type(loaded).__name__}")
-    return from_mapping(loaded, hints, str(path))
+        return typing.get_args(hint)[0], True, optional
+    return hint, False, optional
 
 
 def from_mapping(values: dict[str, Any], hints: dict[str, Any], where: str) -> dict[str, Any]:
@@ -151,9 +238,9 @@ def from_mapping(values: dict[str, Any], hints: dict[str, Any], where: str) -> d
         key = str(raw_key).replace("-", "_")
         if key not in hints:
             raise UserError(f"{where}: unknown key {raw_key!r}{suggest(key, hints)}")
-        base, is_tuple = _base_type(hints[key])
+        base, is_tuple, optional = _base_type(hints[key])
         try:
-            if value is None:
+            if value is None and optional:
                 result[key] = None
             elif is_tuple:
                 parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
@@ -168,12 +255,30 @@ def from_mapping(values: dict[str, Any], hints: dict[str, Any], where: str) -> d
 
 
 def _convert(value: Any, base: Any) -> Any:
-    if base is bool and not isinstance(value, bool):
+    """Return ``value`` as a ``base``.
+
+    Raises:
+        TypeError: its type says that something else was meant.
+        ValueError: it is no such value.
+    """
+    if value is None or (base is bool and not isinstance(value, bool)):
         raise TypeError
     if base in (int, float) and isinstance(value, bool):
         raise TypeError
-    if base is int and isinstance(value, float) and value != int(value):
+    if base is int and isinstance(value, float) and not value.is_integer():
         raise ValueError
     if base is str and not isinstance(value, (str, int, float)):
         raise TypeError
+    if base is Path:
+        return _path(value)
     return value if base is Any else base(value)
+
+
+def _path(text: Any) -> Path:
+    """Return a path; ``~`` is the home folder also where no shell has seen it."""
+    if not text:
+        raise ValueError("an empty name would be the working folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~nobody: pathlib's word for an unknown user
+        raise ValueError(f"no home folder for {text}") from None
