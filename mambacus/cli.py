@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -37,8 +38,25 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit status (0 fine, 2 the user's fault in one line, 130 interrupted)."""
+    """Run one verb.
+
+    Returns:
+        The exit status: 0 fine, 2 the user's fault in one line, 130 interrupted, 141 the reader of our output is gone.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        status = _dispatch(argv)
+        sys.stdout.flush()  # here a closed pipe can still be caught
+    except KeyboardInterrupt:
+        print(f"mambacus {argv[0]}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # ``mambacus info tiny | head -1``: not a fault, and nobody reads what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
+
+
+def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0 if argv else 2
@@ -54,9 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("MAMBACUS_DEBUG"):
             raise
-        print(f"mambacus {verb}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"mambacus {verb}: interrupted", file=sys.stderr)
-        return 130
+        return _refuse(verb, str(error))
+    except OSError as error:
+        # A path of the user's that no check foresaw: no permission, too long a name, a disk that went away.
+        if error.filename is None or isinstance(error, BrokenPipeError) or os.environ.get("MAMBACUS_DEBUG"):
+            raise
+        return _refuse(verb, f"{error.filename}: {error.strerror} (--debug shows where)")
     return 0
+
+
+def _refuse(verb: str, message: str) -> int:
+    print(f"mambacus {verb}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +69,51 @@ def test_our_own_faults_keep_their_traceback(monkeypatch):
     monkeypatch.setitem(sys.modules, "mambacus.finetune", types.SimpleNamespace(main=fail))
     with pytest.raises(ZeroDivisionError):
         cli.main(["finetune"])
+
+
+def test_a_message_of_several_lines_becomes_one(capsys, monkeypatch):
+    def fail(_argv):
+        raise UserError("the library says:\n  this\n  and that")
+
+    monkeypatch.setitem(sys.modules, "mambacus.finetune", types.SimpleNamespace(main=fail))
+    monkeypatch.delenv("MAMBACUS_DEBUG", raising=False)
+    assert cli.main(["finetune"]) == 2
+    assert capsys.readouterr().err == "mambacus finetune: error: the library says: this and that\n"
+
+
+def test_a_path_that_no_check_foresaw_is_one_line(capsys, monkeypatch):
+    def fail(_argv):
+        Path("/nowhere/x" + "y" * 300).read_text()
+
+    monkeypatch.setitem(sys.modules, "mambacus.finetune", types.SimpleNamespace(main=fail))
+    monkeypatch.delenv("MAMBACUS_DEBUG", raising=False)
+    assert cli.main(["finetune"]) == 2
+    assert capsys.readouterr().err.startswith("mambacus finetune: error: /nowhere/xyy")
+    monkeypatch.setenv("MAMBACUS_DEBUG", "1")
+    with pytest.raises(OSError, match="nowhere"):
+        cli.main(["finetune"])
+
+
+def test_an_interrupt_is_one_line(capsys, monkeypatch):
+    def interrupt(_argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "mambacus.finetune", types.SimpleNamespace(main=interrupt))
+    assert cli.main(["finetune"]) == 130
+    assert capsys.readouterr().err == "mambacus finetune: interrupted\n"
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_who_leaves_is_no_fault(lines):
+    # `mambacus info tiny | head -1`: the pipe closes while the verb writes, or when its last output is flushed
+    code = f"""
+import sys, types, mambacus.cli
+sys.modules['mambacus.info'] = types.SimpleNamespace(main=lambda argv: print('line\\n' * {lines}))
+sys.exit(mambacus.cli.main(['info']))
+"""
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    assert writer.stderr is not None
+    writer.stdout.close()
+    assert writer.stderr.read() == ""
+    assert writer.wait() == 141

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from mambacus.runtime.errors import UserError
-from mambacus.runtime.records import write_json_atomic
+from mambacus.runtime.records import read_json, write_json_atomic
 
 RUN_FILE = "run.json"
 
@@ -28,16 +30,12 @@ def claim_directory(path: Path, kind: str, identity: dict[str, Any], *, resume: 
         UserError: ``path`` is a file, holds files that are not a run's, holds another run, or holds this run and
             ``resume`` is off.
     """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--out {path}: expected a folder, got a file")
+    check_writable(path)
     marker = path / RUN_FILE
     mine = {"kind": kind, "identity": json.loads(json.dumps(identity, default=str))}
     if marker.exists():
-        try:
-            theirs = json.loads(marker.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise UserError(f"--out {path}: its {RUN_FILE} is unreadable; choose another folder") from None
-        if not isinstance(theirs, dict) or theirs.get("kind") != kind:
+        theirs = read_json(marker)
+        if theirs.get("kind") != kind:
             raise UserError(f"--out {path}: holds a run of another kind; choose another folder")
         if theirs.get("identity") != mine["identity"]:
             old = theirs.get("identity") or {}
@@ -50,21 +48,49 @@ def claim_directory(path: Path, kind: str, identity: dict[str, Any], *, resume: 
         return
     if path.exists() and any(path.iterdir()):
         raise UserError(f"--out {path}: holds files that are not a mambacus run; choose an empty or new folder")
-    path.mkdir(parents=True, exist_ok=True)
     write_json_atomic(marker, mine)
 
 
-def claim_file(path: Path, *, overwrite: bool) -> None:
-    """Make sure that a record and its items can be written to ``path``.
+def claim_empty(path: Path) -> None:
+    """Make sure, before long work, that ``path`` can become a folder of ours.
 
     Raises:
-        UserError: ``path`` is a folder, or it or its items exist and ``overwrite`` is off.
+        UserError: it holds anything, is a file, or cannot be written.
+    """
+    check_writable(path)
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"--out {path}: expected a new or empty folder, this one holds files; choose another")
+
+
+def claim_file(path: Path, *, overwrite: bool, flag: str = "--out") -> None:
+    """Make sure, before long work, that a file, and a record's items beside it, can be written to ``path``.
+
+    Raises:
+        UserError: ``path`` is a folder or cannot be written, or it or its items exist and ``overwrite`` is off.
     """
     if path.is_dir():
-        raise UserError(f"--out {path}: expected a file, got a folder")
+        raise UserError(f"{flag} {path}: expected a file, got a folder")
     for existing in (path, items_path(path)):
         if existing.exists() and not overwrite:
-            raise UserError(f"--out {existing}: exists already; add --overwrite to replace it or choose another name")
+            raise UserError(f"{flag} {existing}: exists already; add --overwrite to replace it or choose another name")
+    check_writable(path.parent, flag)
+
+
+def check_writable(folder: Path, flag: str = "--out") -> None:
+    """Make sure that files can be made in ``folder``, which need not exist yet; nothing is left behind.
+
+    Raises:
+        UserError: it or a part of its path is a file, or it cannot be written.
+    """
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{flag} {folder}: expected a folder, got {'a' if nearest == folder else 'the'} file {nearest}")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(f"{flag} {folder}: cannot write to {nearest}: {reason}") from None
 
 
 def items_path(record: Path) -> Path:

@@ -139,6 +139,9 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path.parent}: {error.strerror or error}") from error
+    try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
@@ -162,6 +165,23 @@ def write_jsonl_atomic(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_bytes_atomic(path, "".join(line + "\n" for line in lines).encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Raises:
+        UserError: the file cannot be read, is not JSON, or holds something else than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of thousands of digits, nested without end
+        raise UserError(f"{path}: not valid JSON") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {_json_type(value)}")
+    return value
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) for every non-empty line.
 
@@ -169,25 +189,46 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         UserError: file missing, line not valid JSON or not an object; the message names file and line.
     """
     try:
-        file = open(path, encoding="utf-8")  # noqa: SIM115 -- closed below; a with block would hide the open's own error
+        file = open(path, encoding="utf-8-sig")  # noqa: SIM115 -- closed below; a with block would hide open's own error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     with file:
         try:
             for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})"
-                    ) from None
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}, line {number}: expected a JSON object, got a {type(row).__name__}")
-                yield number, row
+                if line.strip():
+                    yield number, parse_line(line, f"{path}, line {number}")
         except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 text") from None
+            raise UserError(f"{path}: not UTF-8 text; expected one JSON object a line, saved as UTF-8") from None
+
+
+def parse_line(line: str, where: str) -> dict[str, Any]:
+    """Return the JSON object on one line.
+
+    Raises:
+        UserError: it is not valid JSON or not an object; the message begins with ``where``.
+    """
+    try:
+        row = _STRICT.decode(line.strip())
+    except json.JSONDecodeError as error:
+        hint = "; expected one object a line, not one array" if line.lstrip().startswith("[") else ""
+        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}){hint}") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+        raise UserError(f"{where}: not valid JSON ({reason})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, got {_json_type(row)}")
+    return row
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant)  # Python's own takes NaN and Infinity
+
+
+def _json_type(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -201,17 +242,15 @@ def read_record(path: Path) -> Record:
     Raises:
         UserError: missing file, not JSON, not one of our records, or a schema this version does not know.
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path} is not a JSON file") from None
+    raw = read_json(path)
     names = {field.name for field in dataclasses.fields(Record)}
-    if not isinstance(raw, dict) or not names <= set(raw):
+    if not names <= set(raw):
         raise UserError(f"{path} is not a mambacus record: it needs the keys {', '.join(sorted(names))}")
     if raw["schema"] != SCHEMA:
         raise UserError(f"{path}: record schema {raw['schema']}, this version reads {SCHEMA}")
+    for name, kind in (("kind", str), ("label", str), ("config", dict), ("results", dict), ("environment", dict)):
+        if not isinstance(raw[name], kind):
+            raise UserError(f"{path}: {name}: expected a {kind.__name__}, got {_json_type(raw[name])}")
     return Record(**{name: raw[name] for name in names})
 
 

@@ -35,11 +35,29 @@ def test_record_round_trip(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not a JSON file"), ("[]", "not a mambacus record"), ('{"kind": "x"}', "not a mambacus record")],
+    [
+        ("{", "not valid JSON"),
+        ("", "not valid JSON"),
+        ("\x00\xff", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[]", "expected a JSON object, got a list"),
+        ("null", "expected a JSON object, got null"),
+        ('{"kind": "x"}', "not a mambacus record"),
+    ],
 )
 def test_what_is_no_record_is_refused(tmp_path, text, message):
-    (tmp_path / "r.json").write_text(text)
+    (tmp_path / "r.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=message):
+        read_record(tmp_path / "r.json")
+    with pytest.raises(UserError, match="Is a directory"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("kind", ["solve"]), ("config", None), ("results", []), ("label", 3)])
+def test_a_record_with_a_part_of_another_type_is_refused(tmp_path, key, value):
+    write_record(tmp_path / "r.json", Stopwatch().record("solve", "m", {}, {}))
+    write_json_atomic(tmp_path / "r.json", json.loads((tmp_path / "r.json").read_text()) | {key: value})
+    with pytest.raises(UserError, match=f"{key}: expected a "):
         read_record(tmp_path / "r.json")
 
 
@@ -77,3 +95,37 @@ def test_jsonl_round_trip_and_line_numbers(tmp_path):
         list(read_jsonl(path))
     with pytest.raises(UserError, match="cannot read"):
         list(read_jsonl(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": NaN}', "line 1: not valid JSON (NaN is no JSON value)"),
+        (b'{"a": -Infinity}', "line 1: not valid JSON (-Infinity is no JSON value)"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "line 1: not valid JSON (Exceeds the limit"),
+        (b'{"a": ' + b"[" * 100_000, "line 1: not valid JSON (nested too deeply)"),
+        (b'[\n {"a": 1},', "line 1: not valid JSON (Expecting value at column 2); expected one object a line"),
+        ('{"a": 1}'.encode("utf-16"), "not UTF-8 text"),
+        (b"\x89PNG\r\n\x1a\n", "not UTF-8 text"),
+        (b'{"a": 1}{"b": 2}', "line 1: not valid JSON (Extra data at column 9)"),
+    ],
+)
+def test_lines_that_are_no_json_are_named(tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        list(read_jsonl(path))
+    assert message in str(caught.value)
+
+
+def test_byte_order_marks_and_foreign_line_ends_are_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}')
+    assert list(read_jsonl(path)) == [(1, {"a": 1}), (3, {"a": 2})]
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "f").write_text("old")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        write_bytes_atomic(tmp_path / "f" / "r.json", b"new")
+    assert (tmp_path / "f").read_text() == "old"
