@@ -1,4 +1,4 @@
-"""``mambacus bench train|decode``: speed and memory side by side with peers, into one JSON record.
+"""``mambacus bench train|decode|scan``: speed and memory side by side with peers, into one JSON record.
 
 Every case runs in a process of its own, implementations alternate, and the record keeps every sample and the machine's
 ceilings measured in the same run.
@@ -9,16 +9,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mambacus.runtime.config import opt, parse
 from mambacus.runtime.errors import UserError, suggest
 from mambacus.runtime.records import Record, Stopwatch, write_record
 
 if TYPE_CHECKING:
+    import torch
+
     from mambacus.measuring.cases import Case
 
-WHAT = {"train": ("train",), "decode": ("prefill", "decode"), "prefill": ("prefill",)}
+WHAT: dict[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "decode": ("prefill", "decode"),
+    "prefill": ("prefill",),
+    "scan": (),
+}
+CPU_SHAPES = ((1, 1536, 1024), (1, 1536, 4096), (4, 1536, 512))  # of the scan alone: batch, d_inner, seqlen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +34,13 @@ class Config:
     """Flags of ``mambacus bench``."""
 
     what: str = opt(
-        help="train (forward and backward) | decode (prefill and one-token steps) | prefill", positional=True
+        help="train (forward and backward) | decode (prefill and one-token steps) | prefill | scan (that op alone)",
+        positional=True,
     )
     out: Path = opt(help="the JSON record to write", metavar="FILE.json")
     model: str = opt("130m", "published shape with random weights: 130m, 370m, 790m, 1.4b, 2.8b")
     implementations: tuple[str, ...] = opt(("mambacus", "transformers"), "who is measured")
-    dtypes: tuple[str, ...] = opt(("float32",), "float32, bfloat16")
+    dtypes: tuple[str, ...] = opt(("float32",), "float32, bfloat16, mixed (float32 weights, bfloat16 autocast)")
     batches: tuple[int, ...] = opt((1,), "rows")
     seqlen: int = opt(1024, "tokens a row for prefill and train")
     prompt: int = opt(16, "prompt tokens before decoding")
@@ -45,6 +54,7 @@ class Config:
     threads: int = opt(0, "CPU threads (0: torch's default)")
     device: str = opt("cpu", "cpu or cuda")
     timeout: float = opt(1800.0, "seconds after which a case is given up and recorded so")
+    shapes: tuple[str, ...] = opt((), "for scan: batch x d_inner x seqlen, such as 8x1536x2048 (default: by device)")
     label: str = opt("", "name of the machine or change, for reports")
 
 
@@ -89,6 +99,8 @@ def run(config: Config) -> Record:
 
     watch = Stopwatch()
     device = resolve_device(config.device)
+    if config.what == "scan":
+        return _run_scan(config, watch, device)
     cases = list(plan(config))
     rows = []
     with Progress() as progress:
@@ -102,10 +114,52 @@ def run(config: Config) -> Record:
     return record
 
 
+def _run_scan(config: Config, watch: Stopwatch, device: torch.device) -> Record:
+    import torch
+
+    from mambacus.measuring.scan import MAMBA_SSM_H100, exponentials_per_second, limits_ms, measure_scan
+    from mambacus.measuring.timing import ceilings
+    from mambacus.runtime.device import resolve_dtype
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    limits: dict[str, Any] = ceilings(device) | {"exponentials_per_s": exponentials_per_second(device)}
+    default = tuple(MAMBA_SSM_H100) if device.type == "cuda" else CPU_SHAPES
+    rows = []
+    for shape in [_shape(text) for text in config.shapes] or default:
+        for name in config.dtypes:
+            dtype = resolve_dtype(name)
+            rows.append(measure_scan(shape, device, dtype) | limits_ms(shape, dtype, limits))
+    record = watch.record("bench", config.label or "selective_scan", config, {"rows": rows, "ceilings": limits})
+    write_record(config.out, record)
+    return record
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"--shapes: expected batch x d_inner x seqlen such as 8x1536x2048, got {text!r}")
+    batch, d_inner, seqlen = (int(part) for part in parts)
+    return batch, d_inner, seqlen
+
+
+def _print_scan(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        peer = row.get("mamba_ssm_h100_ms")
+        ratios = f"  {peer[0] / row['forward_ms']:.2f}x {peer[1] / row['both_ms']:.2f}x mamba-ssm" if peer else ""
+        shape = "x".join(str(size) for size in row["shape"])
+        print(f"scan {row['dtype']:9} {shape:15} forward {row['forward_ms']:9.3f} ms  forward + backward "
+              f"{row['both_ms']:9.3f} ms  worst error {max(row['errors'].values()):.1e}{ratios}")  # fmt: skip
+
+
 def main(argv: Sequence[str]) -> None:
     """Run from the command line and print one row per case."""
     config = parse(Config, argv, "mambacus bench", __doc__.splitlines()[0])
     record = run(config)
+    if config.what == "scan":
+        _print_scan(record.results["rows"])
+        print(f"record: {config.out}")
+        return
     for row in record.results["rows"]:
         shape = f"{row['batch']} x {row['seqlen']}" + (f" + {row['new_tokens']}" if row["new_tokens"] else "")
         figures = row.get("error")

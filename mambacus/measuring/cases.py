@@ -28,7 +28,7 @@ class Case:
             backward, no optimiser step).
         implementation: ``mambacus``, or ``transformers`` (MambaForCausalLM without optional kernel packages).
         model: a published shape such as ``130m``; the weights are random.
-        dtype: of weights and activations.
+        dtype: of weights and activations; ``mixed``: float32 weights, products in bfloat16 (autocast).
         batch: rows.
         seqlen: tokens a row.
         new_tokens: one-token steps (``decode`` only).

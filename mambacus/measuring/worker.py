@@ -19,7 +19,8 @@ def measure(case: Case) -> dict[str, Any]:
     """Build the model of ``case`` with random weights, time its step and return the figures."""
     if case.threads:
         torch.set_num_threads(case.threads)
-    device, dtype = resolve_device(case.device), resolve_dtype(case.dtype)
+    device = resolve_device(case.device)
+    dtype = torch.float32 if case.dtype == "mixed" else resolve_dtype(case.dtype)
     torch.manual_seed(0)
     model, config = _build(case, device, dtype)
     input_ids = torch.randint(2, config["vocab_size"], (case.batch, case.seqlen), device=device)
@@ -51,16 +52,19 @@ def _build(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[torch.
 
 def _step(case: Case, model: torch.nn.Module, input_ids: torch.Tensor) -> Callable[[], object]:
     if case.benchmark == "train":
-        return lambda: _train_step(model, input_ids)
+        options = {"loss_only": True} if case.implementation == "mambacus" and input_ids.is_cuda else {}
+        return lambda: _train_step(model, input_ids, case.dtype == "mixed", options)
     if case.benchmark == "prefill":
         return lambda: _prefill(model, input_ids)
     decode = _decode_mambacus if case.implementation == "mambacus" else _decode_transformers
     return decode(model, input_ids, case.new_tokens)
 
 
-def _train_step(model: torch.nn.Module, input_ids: torch.Tensor) -> None:
+def _train_step(model: torch.nn.Module, input_ids: torch.Tensor, autocast: bool, options: dict[str, bool]) -> None:
     model.zero_grad(set_to_none=True)
-    model(input_ids, labels=input_ids).loss.backward()
+    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=autocast):
+        loss = model(input_ids, labels=input_ids, **options).loss
+    loss.backward()
 
 
 @torch.inference_mode()

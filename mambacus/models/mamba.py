@@ -35,9 +35,11 @@ from mambacus.models.config import MambaConfig
 from mambacus.models.state import MambaState
 from mambacus.ops import (
     Linear,
+    add_rms_norm,
     causal_conv1d,
     causal_conv1d_update,
     linear,
+    linear_cross_entropy,
     rms_norm,
     selective_scan,
     selective_state_update,
@@ -83,16 +85,18 @@ def keeps_float32(name: str) -> bool:
 
 
 class RMSNorm(nn.Module):
-    """``weight * x / sqrt(mean(x^2) + eps)``, computed in float32, given in the dtype of the weight."""
+    """``weight * x / sqrt(mean(x^2) + eps)``, computed in float32, given in the dtype of the weight or of autocast."""
 
     def __init__(self, d_model: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(d_model))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` (..., d_model)."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalise ``x`` (..., d_model), or ``x + added``; return it with what was normalised."""
+        if added is None:
+            return rms_norm(x, self.weight, self.eps), x
+        return add_rms_norm(x, added, self.weight, self.eps)
 
 
 class CausalConv1d(nn.Conv1d):
@@ -120,8 +124,14 @@ class StepProjection(_KeepsFloat32, Linear):
 
     float32_parameters = ("bias",)
 
-    def forward(self, dt: Tensor) -> Tensor:
-        """Map ``dt`` (..., dt_rank) to delta (..., d_inner), float32 if the bias is."""
+    def forward(self, dt: Tensor, later: bool = False) -> Any:
+        """Map ``dt`` (..., dt_rank) to delta (..., d_inner), float32 if the bias is.
+
+        With ``later``, return delta without the bias, in the dtype of the product, and the bias: for a scan that adds
+        it in float32 itself, so that delta is neither widened nor written twice.
+        """
+        if later:
+            return linear(dt, self.weight), self.bias
         if dt.dtype == self.weight.dtype == self.bias.dtype:
             return super().forward(dt)
         return linear(dt, self.weight) + self.bias
@@ -157,19 +167,24 @@ class MambaMixer(_KeepsFloat32):
         x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (batch, seqlen, d_inner) each
         x, conv_state = self.conv1d(x, seq_idx, conv_state, reuse_state)
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
-        delta = self.dt_proj(dt)  # (batch, seqlen, d_inner)
+        bias = None
+        if dt.is_cuda and isinstance(self.dt_proj, StepProjection):  # an adapter's layer gives the whole step
+            delta, bias = self.dt_proj(dt, later=True)
+        else:
+            delta = self.dt_proj(dt)  # (batch, seqlen, d_inner)
         A = -torch.exp(self.A_log)
         if ssm_state is not None and seq_idx is None and x.shape[1] == 1:
             x, delta, B, C, z = (tensor.squeeze(1) for tensor in (x, delta, B, C, z))  # (batch, ...)
             out = ssm_state if reuse_state else None
             y, ssm_state = selective_state_update(
-                ssm_state, x, delta, A, B, C, self.D, z, out=out, backend=self.backend
+                ssm_state, x, delta, A, B, C, self.D, z, delta_bias=bias, out=out, backend=self.backend
             )
             y = y.unsqueeze(1)
         else:
             y, ssm_state = selective_scan(
-                x, delta, A, B, C, self.D, z, seq_idx=seq_idx, initial_state=ssm_state, backend=self.backend
-            )
+                x, delta, A, B, C, self.D, z, delta_bias=bias, seq_idx=seq_idx, initial_state=ssm_state,
+                backend=self.backend,
+            )  # fmt: skip
         return self.out_proj(y), conv_state, ssm_state  # (batch, seqlen, d_model)
 
     @torch.no_grad()
@@ -195,7 +210,7 @@ class MambaMixer(_KeepsFloat32):
 
 
 class Block(nn.Module):
-    """``residual + mixer(norm(residual))``."""
+    """``mixer(norm(residual + mixed))``, ``mixed`` being the output of the block before."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
@@ -205,14 +220,20 @@ class Block(nn.Module):
     def forward(
         self,
         residual: Tensor,
+        mixed: Tensor | None,
         seq_idx: Tensor | None,
         conv_state: Tensor | None,
         ssm_state: Tensor | None,
         reuse_state: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Add the block's output to ``residual`` (batch, seqlen, d_model); return it with the new states."""
-        mixed, conv_state, ssm_state = self.mixer(self.norm(residual), seq_idx, conv_state, ssm_state, reuse_state)
-        return residual + mixed, conv_state, ssm_state
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Add ``mixed`` to ``residual`` (batch, seqlen, d_model) and read it.
+
+        Returns:
+            The residual stream, what this block adds to it (the next norm does), and the new conv_state and ssm_state.
+        """
+        normed, residual = self.norm(residual, mixed)  # (batch, seqlen, d_model) each
+        mixed, conv_state, ssm_state = self.mixer(normed, seq_idx, conv_state, ssm_state, reuse_state)
+        return residual, mixed, conv_state, ssm_state
 
 
 class Backbone(nn.Module):
@@ -237,16 +258,19 @@ class Backbone(nn.Module):
         residual = self.embeddings(input_ids)  # (batch, seqlen, d_model)
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        mixed = None
         conv_states, ssm_states = [], []
         for index, block in enumerate(self.layers):
             before = (None, None) if state is None else (state.conv_state[index], state.ssm_state[index])
             if checkpointing:
-                residual, conv_state, ssm_state = checkpoint(block, residual, seq_idx, *before, use_reentrant=False)
+                residual, mixed, conv_state, ssm_state = checkpoint(
+                    block, residual, mixed, seq_idx, *before, use_reentrant=False
+                )
             else:
-                residual, conv_state, ssm_state = block(residual, seq_idx, *before, reuse_state)
+                residual, mixed, conv_state, ssm_state = block(residual, mixed, seq_idx, *before, reuse_state)
             conv_states.append(conv_state)
             ssm_states.append(ssm_state)
-        hidden = self.norm_f(residual)
+        hidden, _ = self.norm_f(residual, mixed)
         if reuse_state and state is not None:
             return hidden, state.conv_state, state.ssm_state
         return hidden, torch.stack(conv_states), torch.stack(ssm_states)
@@ -379,16 +403,18 @@ class MambaLM(nn.Module):
         targets = _targets(labels, seq_idx)  # (batch, seqlen)
         if loss_only:
             labelled = targets != IGNORE_INDEX
-            scores, targets, logits = self._logits(hidden[labelled]), targets[labelled], None  # (labelled, vocabulary)
+            loss, logits = self._loss(hidden[labelled], targets[labelled]), None  # of (labelled, d_model)
         else:
             logits = self._logits(hidden)
-            scores, targets = logits.flatten(0, 1), targets.flatten()
-        loss = F.cross_entropy(
-            scores, targets, ignore_index=IGNORE_INDEX, reduction="mean" if num_items_in_batch is None else "sum"
-        )
-        if num_items_in_batch is not None:
-            loss = loss / num_items_in_batch
-        return MambaOutput(loss, logits, new_state)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+        return MambaOutput(loss / count, logits, new_state)
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed cross entropy of ``hidden`` (rows, d_model) against ``targets`` (rows,)."""
+        if hidden.is_cuda and type(self.lm_head) is Linear:  # an adapter's layer gives all logits
+            return linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        return F.cross_entropy(self._logits(hidden), targets, reduction="sum")
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self.lm_head(hidden)

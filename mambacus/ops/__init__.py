@@ -1,15 +1,18 @@
 """The operations of Mamba: one folder per op, each with a reference in plain torch and a kernel per device."""
 
 from mambacus.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from mambacus.ops.cross_entropy import linear_cross_entropy
 from mambacus.ops.linear import Linear, linear
-from mambacus.ops.rms_norm import rms_norm
+from mambacus.ops.rms_norm import add_rms_norm, rms_norm
 from mambacus.ops.selective_scan import selective_scan, selective_state_update
 
 __all__ = [
     "Linear",
+    "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_update",
     "linear",
+    "linear_cross_entropy",
     "rms_norm",
     "selective_scan",
     "selective_state_update",

@@ -10,6 +10,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from mambacus.ops import nvrtc
 from mambacus.runtime.errors import UserError, suggest
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -74,7 +75,8 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype | None) -> 
     # Fake tensors of torch.compile keep their device; meta tensors run no kernel and may pass as CPU.
     if device.type != device_type and not (device.type == "meta" and backend == "cpu"):
         return f"it needs {device_type} tensors, got {device.type}"
-    if importlib.util.find_spec(package) is None:
+    # On an NVIDIA GPU the kernels in CUDA C++ need no package: `mambacus.ops.nvrtc`
+    if importlib.util.find_spec(package) is None and (backend == "cpu" or nvrtc.unavailable() is not None):
         return f"the package {package} is not installed"
     if dtype == torch.float64:
         return "it computes in float32, got float64 input"

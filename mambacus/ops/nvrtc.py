@@ -9,17 +9,23 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mambacus.runtime.errors import UserError
 
 _log = logging.getLogger(__name__)
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as ``common.cuh`` numbers them
 
 
 class CompileError(RuntimeError):
@@ -38,33 +44,31 @@ def unavailable() -> str | None:
     return None
 
 
-def wants_cuda() -> bool:
-    """Return whether ``MAMBACUS_GPU_KERNELS`` asks for the CUDA kernels."""
-    return os.environ.get("MAMBACUS_GPU_KERNELS") == "cuda"
-
-
 def choose_kernels(op: str, obstacle: str | None) -> tuple[str, str]:
-    """Return which GPU kernels run an op, ``triton`` or ``cuda``, and the reason.
+    """Return which GPU kernels run an op, ``cuda`` or ``triton``, and the reason.
 
-    Triton's, unless the environment variable ``MAMBACUS_GPU_KERNELS`` says ``cuda``: these have been held to the
-    reference on a CPU only (``tests/ops/test_cuda_emulated.py``), and stay a choice until they have been held and timed
-    on a GPU.
+    The CUDA kernels where they can run, which is on NVIDIA GPUs; else Triton's. ``MAMBACUS_GPU_KERNELS`` (``cuda`` or
+    ``triton``) chooses.
 
     Args:
         op: name of the op, for messages.
         obstacle: why the CUDA kernels cannot run on the inputs, or None if they can.
 
     Raises:
-        UserError: ``MAMBACUS_GPU_KERNELS`` is no choice, or asks for ``cuda`` against the obstacle.
+        UserError: ``MAMBACUS_GPU_KERNELS`` is no choice, or asks for ``cuda`` against the obstacle; or Triton is needed
+            and not installed.
     """
     wanted = os.environ.get("MAMBACUS_GPU_KERNELS", "")
     if wanted not in ("", "cuda", "triton"):
         raise UserError(f"MAMBACUS_GPU_KERNELS: expected cuda or triton, got {wanted!r}")
-    if wanted != "cuda":
-        return "triton", "MAMBACUS_GPU_KERNELS=triton" if wanted else "the default"
-    if obstacle is not None:
+    if wanted == "cuda" and obstacle is not None:
         raise UserError(f"MAMBACUS_GPU_KERNELS=cuda: {op} cannot run on these kernels: {obstacle}")
-    return "cuda", "MAMBACUS_GPU_KERNELS=cuda"
+    if wanted != "triton" and obstacle is None:
+        return "cuda", "MAMBACUS_GPU_KERNELS=cuda" if wanted else "an NVIDIA GPU"
+    if importlib.util.find_spec("triton") is None:
+        why = "MAMBACUS_GPU_KERNELS=triton" if wanted else f"the CUDA kernels cannot run: {obstacle}"
+        raise UserError(f"{op} needs the package triton ({why}): pip install 'mambacus[gpu]'")
+    return "triton", "MAMBACUS_GPU_KERNELS=triton" if wanted else str(obstacle)
 
 
 @functools.cache
@@ -84,6 +88,56 @@ def _nvrtc() -> ctypes.CDLL:
             for path in sorted(Path(folder or ".").glob(f"nvidia/*/lib/{name}")):
                 return ctypes.CDLL(str(path))
         raise
+
+
+def source(path: Path) -> str:
+    """Return a CUDA source with what all share before it."""
+    return Path(__file__).with_name("common.cuh").read_text(encoding="utf-8") + path.read_text(encoding="utf-8")
+
+
+def struct(pointers: str, longs: str, integers: str, *, floats: str = "") -> type[ctypes.Structure]:
+    """Return the ctypes twin of a kernel's ``struct Args``: names separated by spaces, in the order of the fields."""
+    kinds = ((pointers, ctypes.c_void_p), (longs, ctypes.c_longlong), (integers, ctypes.c_int),
+             (floats, ctypes.c_float))  # fmt: skip
+    fields = [(name, kind) for names, kind in kinds for name in names.split()]
+    return type("Args", (ctypes.Structure,), {"_fields_": fields})
+
+
+def fill(arguments: ctypes.Structure, values: Mapping[str, Tensor | float | None]) -> None:
+    """Set fields: tensors by their address, numbers, and None for pointers that no kernel will read."""
+    for name, value in values.items():
+        if value is not None:
+            setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
+
+
+def strides(tensor: Tensor | None) -> tuple[int, int]:
+    """Return the stride of the batch in elements and that of tokens in bytes."""
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1) * tensor.element_size())
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """Return the tensor with neighbouring channels next to each other, copied only if they are not."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def group_size(most: int, *tensors: Tensor | None) -> int:
+    """Return how many neighbouring elements of the last dimension kernels may move at once: ``most`` or 1.
+
+    ``most`` if every group of so many begins at a multiple of 16 bytes, or of the group's size if that is less.
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        step = min(16, most * tensor.element_size())
+        offsets = [tensor.data_ptr(), *(s * tensor.element_size() for s in tensor.stride()[:-1])]
+        if tensor.stride(-1) != 1 or tensor.shape[-1] % most or any(offset % step for offset in offsets):
+            return 1
+    return most
+
+
+def parameter(tensor: Tensor | None) -> Tensor | None:
+    """Return a parameter as the kernels want it, float32 and contiguous."""
+    return None if tensor is None else tensor.float().contiguous()
 
 
 @dataclasses.dataclass(frozen=True)

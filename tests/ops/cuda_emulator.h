@@ -24,11 +24,33 @@ static Index threadIdx, blockIdx, blockDim, gridDim;
 static char* dynamic_memory;
 using std::min;
 
+struct alignas(8) float2 {
+  float x, y;
+};
+static float2 make_float2(float x, float y) { return {x, y}; }
+
 template <class T> static T __ldg(const T* pointer) { return *pointer; }
 static float __uint_as_float(unsigned bits) {
   float value;
   memcpy(&value, &bits, 4);
   return value;
+}
+
+static unsigned __float_as_uint(float value) {
+  unsigned bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+static unsigned short narrow_bf16(float value) {
+  const unsigned bits = __float_as_uint(value);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+static unsigned short narrow_f16(float value) {
+  const _Float16 half = (_Float16)value;
+  unsigned short bits;
+  memcpy(&bits, &half, 2);
+  return bits;
 }
 
 namespace emulator {
@@ -74,7 +96,7 @@ static void run_warp(int warp) {  // to the next barrier or the end
 }
 static void run_block(int threads) {
   fibers.resize(threads);
-  slots.resize(threads);
+  slots.resize(6 * threads);
   for (Fiber& fiber : fibers) {
     if (!fiber.stack) fiber.stack = (char*)malloc(STACK_BYTES);
     getcontext(&fiber.context);
@@ -106,6 +128,22 @@ static void launch(Kernel function, const void* args, Index grid, int threads, i
   free(dynamic_memory);
 }
 }  // namespace emulator
+
+// mma.sync.m16n8k8 of tf32: every lane deposits its part of A and B and picks up what its part of D takes.
+static void mma(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+  const int here = threadIdx.x, warp = here / 32 * 32, group = here % 32 / 4, place = here % 4;
+  const float own[6] = {a0, a1, a2, a3, b0, b1};
+  for (int k = 0; k < 6; k++) emulator::slots[6 * here + k] = __uint_as_float(__float_as_uint(own[k]) & 0xffffe000u);
+  emulator::stop(emulator::SENT);
+  for (int row = 0; row < 2; row++)
+    for (int column = 0; column < 2; column++)
+      for (int k = 0; k < 8; k++) {
+        const float a = emulator::slots[6 * (warp + 4 * group + k % 4) + row + k / 4 * 2];
+        const float b = emulator::slots[6 * (warp + 4 * (2 * place + column) + k % 4) + 4 + k / 4];
+        d[2 * row + column] += a * b;
+      }
+  emulator::stop(emulator::RECEIVED);
+}
 
 static void __syncthreads() { emulator::stop(emulator::BARRIER); }
 static float __shfl_xor_sync(unsigned, float value, int mask) {

@@ -140,6 +140,77 @@ def hold_conv(
     _compare(run, truth, inputs, twice)
 
 
+def hold_norm(
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]], backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype, y_dtype: torch.dtype, *, with_added: bool,
+    device: str = "cpu",
+) -> None:  # fmt: skip
+    """Compare a pair of functions with the signatures of ``rms_norm/gpu.py`` with torch in float64."""
+    g = torch.Generator().manual_seed(shape[-1])
+    x, weight = torch.randn(shape, generator=g).to(device, dtype), torch.randn(shape[-1:], generator=g)
+    weight, added = weight.to(device, weight_dtype), torch.randn(shape, generator=g).to(device, y_dtype)
+    grads = [torch.randn(shape, generator=g).to(device, kind) for kind in (y_dtype, dtype)]
+    leaves = [t.double().requires_grad_() for t in (x, added, weight)]
+    total = leaves[0] + leaves[1] if with_added else leaves[0]
+    y = torch.nn.functional.rms_norm(total, shape[-1:], leaves[2], 1e-5)
+    outputs = ([y, total], [t.double() for t in grads]) if with_added else ([y], [grads[0].double()])
+    want_x, want_added, want_weight = torch.autograd.grad(*outputs[:1], leaves, outputs[1], allow_unused=True)
+    with poisoned_memory():
+        got_y, got_total, scale = forward(x, added if with_added else None, weight, 1e-5, y_dtype)
+        got_x, got_added, got_weight = backward(
+            grads[0], grads[1] if with_added else None, got_total if with_added else x, weight, scale,
+            y_dtype if with_added else None,
+        )  # fmt: skip
+    pairs = {"y": (got_y, y), "x": (got_x, want_x), "weight": (got_weight, want_weight)}
+    if with_added:
+        pairs["sum"] = (got_total, total)
+        pairs["added"] = (got_x if y_dtype == dtype else got_added, want_added)
+    lowest = min((dtype, weight_dtype, y_dtype), key=lambda kind: torch.finfo(kind).bits + torch.finfo(kind).eps)
+    for name, (got, want) in pairs.items():
+        error = ((got.double() - want).norm() / want.norm()).item()
+        assert error < BOUND[lowest], (name, error)
+    assert got_y.dtype == y_dtype and got_x.dtype == dtype and got_weight.dtype == weight_dtype
+
+
+def hold_cross_entropy(
+    function: Callable[..., Tensor], shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """Compare a function with the signature of ``cross_entropy_`` with torch in float64."""
+    g = torch.Generator().manual_seed(shape[1])
+    logits = (4 * torch.randn(shape, generator=g)).to(device, dtype)
+    targets = torch.randint(shape[1], shape[:1], generator=g).to(device)
+    targets[1:2] = -100
+    leaf = logits.double().requires_grad_()
+    want = torch.nn.functional.cross_entropy(leaf, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(want.sum(), leaf)
+    with poisoned_memory():
+        losses = function(logits.clone(), targets, gradient=False)
+        got = logits.clone()
+        assert torch.equal(function(got, targets, gradient=True), losses)
+    torch.testing.assert_close(losses.double(), want.detach(), rtol=1e-6, atol=1e-6)
+    assert (got.double() - gradient).norm() <= BOUND[dtype] * gradient.norm()
+    assert got.dtype == dtype
+
+
+def hold_linear_cross_entropy(function: Callable[..., Tensor], dtype: torch.dtype, device: str = "cpu") -> None:
+    """Compare ``linear_cross_entropy`` with torch in float64, also where only one gradient is wanted."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, generator=g).to(device, dtype) for size in ((10, 24), (72, 24)))
+    targets = torch.randint(72, (10,), generator=g).to(device)
+    targets[3] = -100
+    wide = [t.double().requires_grad_() for t in (hidden, weight)]
+    want = torch.nn.functional.cross_entropy(wide[0] @ wide[1].t(), targets, reduction="sum")
+    wanted = torch.autograd.grad(2 * want, wide)
+    for needs in ((True, True), (True, False), (False, True), (False, False)):
+        leaves = [t.clone().requires_grad_(need) for t, need in zip((hidden, weight), needs, strict=True)]
+        loss = function(*leaves, targets)
+        assert abs(loss.item() - want.item()) <= BOUND[dtype] * abs(want.item())
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
+        got = torch.autograd.grad(2 * loss, asked) if asked else ()
+        for a, b in zip(got, [b for b, need in zip(wanted, needs, strict=True) if need], strict=True):
+            assert a.dtype == dtype and (a.double() - b).norm() <= BOUND[dtype] * b.norm()
+
+
 def _leaves(inputs: Tensors) -> Tensors:
     return {k: None if v is None else v.double().requires_grad_() for k, v in inputs.items()}
 

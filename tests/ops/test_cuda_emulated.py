@@ -17,19 +17,32 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import conv_inputs, document_ids, hold_conv, hold_scan, scan_inputs
+from kernel_checks import (
+    conv_inputs,
+    document_ids,
+    hold_conv,
+    hold_cross_entropy,
+    hold_linear_cross_entropy,
+    hold_norm,
+    hold_scan,
+    scan_inputs,
+)
 from torch import Tensor
 
 from mambacus.ops import nvrtc
 from mambacus.ops.causal_conv1d import gpu_cuda as conv
+from mambacus.ops.cross_entropy import gpu as loss
+from mambacus.ops.cross_entropy import interface
+from mambacus.ops.rms_norm import gpu as norm
 from mambacus.ops.selective_scan import gpu_cuda as scan
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 CHUNK = 32
 INSTRUCTIONS = {  # of the GPU, and what they do
     "cvt.f32.f16": "value = (float)*(_Float16*)&bits;",
-    "cvt.rn.f16.f32": "_Float16 half = (_Float16)value; memcpy(&bits, &half, 2);",
-    "cvt.rn.bf16.f32": "unsigned all; memcpy(&all, &value, 4); bits = (all + 0x7fff + ((all >> 16) & 1)) >> 16;",
+    "cvt.rn.f16x2.f32": "word = narrow_f16(low) | (unsigned)narrow_f16(high) << 16;",
+    "cvt.rn.bf16x2.f32": "word = narrow_bf16(low) | (unsigned)narrow_bf16(high) << 16;",
+    "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32": "mma(d, a[0], a[1], a[2], a[3], b0, b1);",
     "ex2.approx.ftz.f32": "y = exp2f(x);",
     "rcp.approx.ftz.f32": "y = 1.0f / x;",
 }
@@ -76,7 +89,7 @@ def _emulated(build: Callable[[nvrtc.Program], ctypes.CDLL], monkeypatch: pytest
         return lambda grid, threads, arguments: function(ctypes.byref(arguments), *grid, threads, shared_bytes)
 
     monkeypatch.setattr(nvrtc.Program, "kernel", kernel)
-    monkeypatch.setattr(conv, "_RUN", 16)
+    monkeypatch.setattr(conv, "_RUN", 64)
     monkeypatch.setattr(conv, "_THREADS", 32)
 
 
@@ -99,11 +112,11 @@ WHOLE = 1 << 20
 @pytest.mark.parametrize(
     ("forward", "backward"),
     [
-        (scan.Plan(4, 1, 16, 1, WHOLE), scan.Plan(4, 1, 16, 1, WHOLE)),
-        (scan.Plan(4, 2, 16, 1, 64), scan.Plan(4, 2, 8, 1, 64)),
-        (scan.Plan(8, 1, 32, 1, 32), scan.Plan(8, 1, 16, 1, 32)),
+        (scan.Plan(4, 16, 1, WHOLE), scan.Plan(4, 16, 1, WHOLE)),
+        (scan.Plan(4, 16, 1, 64), scan.Plan(4, 8, 1, 64)),
+        (scan.Plan(8, 32, 1, 32), scan.Plan(8, 16, 1, 32)),
     ],
-    ids=["whole", "two channels a thread, segments", "eight warps, segments"],
+    ids=["whole", "short tiles, segments", "eight warps, segments"],
 )
 def test_scan_with_documents(forward: scan.Plan, backward: scan.Plan) -> None:
     seq_idx = document_ids(5, 75)
@@ -112,12 +125,12 @@ def test_scan_with_documents(forward: scan.Plan, backward: scan.Plan) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scan_whole_blocks(dtype: torch.dtype) -> None:
-    plan = scan.Plan(4, 1, 16, 1, WHOLE)
+    plan = scan.Plan(4, 16, 1, WHOLE)
     hold(scan_inputs((1, 37, 64, 16), dtype), plan, plan)
 
 
 def test_scan_without_options() -> None:
-    plan = scan.Plan(4, 1, 16, 1, WHOLE)
+    plan = scan.Plan(4, 16, 1, WHOLE)
     inputs = scan_inputs((2, 33, 20, 1), absent=("D", "z", "delta_bias", "initial_state"))
     hold(inputs | {"delta": inputs["delta"].abs()}, plan, plan, softplus=False, with_final=False)
 
@@ -136,9 +149,40 @@ def test_conv_shapes(shape: tuple[int, int, int, int]) -> None:
     hold_conv(conv.forward, conv.backward, inputs, with_final=False, silu=False)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "y_dtype"),
+    [
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float32, torch.float32, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16, torch.float16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(9, 128), (3, 70), (5, 1200)], ids=str)
+@pytest.mark.parametrize("with_added", [True, False])
+def test_norm(
+    shape: tuple[int, int], with_added: bool, dtype: torch.dtype, weight_dtype: torch.dtype, y_dtype: torch.dtype
+) -> None:
+    hold_norm(norm.forward, norm.backward, shape, dtype, weight_dtype, y_dtype, with_added=with_added)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 4200), (3, 70), (0, 8)], ids=str)
+def test_cross_entropy(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    hold_cross_entropy(loss.cross_entropy_, shape, dtype)
+
+
+def test_linear_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interface, "ROWS", 4)
+    monkeypatch.setattr(interface, "_runs_on_gpu", lambda *_: True)
+    hold_linear_cross_entropy(interface.linear_cross_entropy, torch.float32)
+
+
 def test_arguments_match_the_source() -> None:
     """ctypes lays the struct out as the C++ one: same names in the same order."""
-    for module, path in ((scan, scan._SOURCE), (conv, conv._SOURCE)):
+    for module in (scan, conv, norm, loss):
+        path = module._SOURCE
         body = re.search(r"struct Args \{(.*?)\n\};", path.read_text(), re.S)
         assert body is not None
         lines = [line.split("//")[0].strip() for line in body[1].splitlines()]

@@ -7,9 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import SCAN_NAMES, conv_inputs, document_ids, hold_conv, hold_scan, scan_inputs
+from kernel_checks import (
+    SCAN_NAMES,
+    conv_inputs,
+    document_ids,
+    hold_conv,
+    hold_cross_entropy,
+    hold_linear_cross_entropy,
+    hold_norm,
+    hold_scan,
+    scan_inputs,
+)
 
-from mambacus.ops import causal_conv1d, selective_scan
+from mambacus.models import MambaConfig, MambaLM
+from mambacus.ops import add_rms_norm, causal_conv1d, linear_cross_entropy, rms_norm, selective_scan
 from mambacus.ops.causal_conv1d.reference import causal_conv1d_update_ref
 from mambacus.ops.selective_scan.reference import selective_state_update_ref
 
@@ -59,7 +70,7 @@ def test_scan_without_softplus() -> None:
 
 
 @pytest.mark.parametrize(
-    "numbers", [(4, 1, 16, 1, 64), (8, 1, 16, 1, 128), (4, 2, 8, 1, 64), (4, 2, 8, 2, 192), (4, 1, 16, 3, 192)]
+    "numbers", [(4, 16, 1, 64), (8, 16, 1, 128), (4, 8, 3, 64), (2, 16, 2, 192), (4, 16, 3, 192), (1, 8, 1, 192)]
 )
 def test_scan_launches(numbers: tuple[int, ...]) -> None:
     from mambacus.ops.selective_scan.gpu_cuda import Plan
@@ -109,6 +120,62 @@ def test_updates(dtype: torch.dtype) -> None:
     given = (conved["x"][:, 0], conved["initial_state"], conved["weight"], conved["bias"])
     for a, b in zip(conv.update(*given, True), causal_conv1d_update_ref(*given), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(300, 768), (5, 70), (9, 2560)], ids=str)
+@pytest.mark.parametrize("with_added", [True, False])
+def test_norm(shape: tuple[int, int], with_added: bool, weight_dtype: torch.dtype) -> None:
+    from mambacus.ops.rms_norm import gpu
+
+    for dtype in (torch.float32, torch.bfloat16):
+        hold_norm(gpu.forward, gpu.backward, shape, dtype, weight_dtype, torch.bfloat16, with_added=with_added,
+                  device="cuda")  # fmt: skip
+
+
+def test_norm_under_autograd_and_autocast() -> None:
+    x, added, weight = (
+        torch.randn(size, device="cuda", requires_grad=True) for size in ((3, 5, 64), (3, 5, 64), (64,))
+    )
+    y, total = add_rms_norm(x, added, weight, 1e-5)
+    want_total = x + added
+    want = torch.nn.functional.rms_norm(want_total, (64,), weight, 1e-5)
+    for outputs in (([y, total], [want, want_total]), ([y], [want])):
+        ones = [torch.randn_like(t) for t in outputs[0]]
+        grads = [torch.autograd.grad(o, [x, added, weight], ones, retain_graph=True) for o in outputs]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert rms_norm(x, weight, 1e-5).dtype == torch.bfloat16
+    assert rms_norm(x, weight, 1e-5).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy(dtype: torch.dtype) -> None:
+    from mambacus.ops.cross_entropy.gpu import cross_entropy_
+
+    for shape in ((20, 50280), (3, 70), (0, 8)):
+        hold_cross_entropy(cross_entropy_, shape, dtype, "cuda")
+    hold_linear_cross_entropy(linear_cross_entropy, dtype, "cuda")
+
+
+def test_model_has_the_gradients_of_the_reference() -> None:
+    torch.manual_seed(0)
+    model = MambaLM(MambaConfig(d_model=64, n_layer=2, vocab_size=100, d_state=16), backend="reference").double()
+    ids = torch.randint(100, (3, 75))
+    seq_idx = document_ids(3, 75)
+    model(ids, seq_idx, labels=ids).loss.backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.set_backend("auto")
+    for autocast, bound in ((False, 2e-5), (True, 3e-2)):
+        ours = model.float().cuda()
+        ours.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            loss = ours(ids.cuda(), seq_idx.cuda(), labels=ids.cuda(), loss_only=True).loss
+        loss.backward()
+        for name, parameter in ours.named_parameters():
+            error = (parameter.grad.double().cpu() - want[name]).norm() / want[name].norm()
+            assert error < bound, (name, autocast, error)
 
 
 def test_public_functions_under_autograd() -> None:

@@ -1,42 +1,15 @@
 // The causal depthwise convolution for NVIDIA GPUs, compiled at run time by NVRTC; gpu_cuda.py gives the macros and launches.
 //
-// A thread owns one channel of one row of the batch and walks along RUN tokens with the last WIDTH inputs in registers, so every
-// input is read once (and WIDTH - 1 of each run's neighbours). The *age* of a token is the number of tokens of its document
-// before it in the row, WIDTH at most: its tap j, the input j tokens before, lies in the row if j <= age. Beyond, the taps of the
-// row's first document lie in the initial state, column WIDTH - (j - age); those of other documents are zero.
+// A thread owns VEC neighbouring channels of one row of the batch and walks along RUN tokens with the last WIDTH inputs in
+// registers, so every input is read once (and WIDTH - 1 of each run's neighbours). Before row 0 lies the initial state, or zeros.
 //
-// Macros: WIDTH, RUN; X_TYPE, STATE_TYPE (0 float32, 1 bfloat16, 2 float16); HAS_BIAS, HAS_SEQ, HAS_STATE, HAS_FINAL, SILU (0 or 1).
+// With documents, the *age* of a token is the number of tokens of its document before it in the row, WIDTH at most: its tap j,
+// the input j tokens before, lies in the row if j <= age. Beyond, the taps of the row's first document lie in the initial state,
+// column WIDTH - (j - age); those of other documents are zero.
+//
+// Macros: WIDTH, RUN, VEC; X_TYPE, STATE_TYPE; HAS_BIAS, HAS_SEQ, HAS_STATE, HAS_FINAL, SILU (0 or 1).
 
-#define AHEAD 8  // tokens loaded at once
-#define LOG2_E 1.4426950408889634f
-
-template <int TYPE> struct Element { typedef unsigned short Type; };
-template <> struct Element<0> { typedef float Type; };
-
-template <int TYPE> __device__ __forceinline__ float widen(typename Element<TYPE>::Type value);
-template <> __device__ __forceinline__ float widen<0>(float value) { return value; }
-template <> __device__ __forceinline__ float widen<1>(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
-template <> __device__ __forceinline__ float widen<2>(unsigned short bits) {
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
-}
-
-template <int TYPE> __device__ __forceinline__ typename Element<TYPE>::Type narrow(float value);
-template <> __device__ __forceinline__ float narrow<0>(float value) { return value; }
-template <> __device__ __forceinline__ unsigned short narrow<1>(float value) {
-  unsigned short bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
-}
-template <> __device__ __forceinline__ unsigned short narrow<2>(float value) {
-  unsigned short bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
-}
-
-typedef Element<X_TYPE>::Type X;
-typedef Element<STATE_TYPE>::Type State;
+#define AHEAD 4  // tokens loaded at once
 
 struct Args {
   const void *x, *grad_y, *state, *grad_final;
@@ -44,8 +17,8 @@ struct Args {
   const int* seq;
   void *y, *final_state, *grad_x, *grad_state;
   float* part;  // (batch, run, WIDTH + 1, d): gradients of weight and bias from one run
-  long long sxb, sgb;  // strides in elements
-  int sxt, sgt;
+  long long sxb, sgb;  // strides of the batch, in elements
+  int sxt, sgt;  // strides of tokens, in bytes
   int batches, seqlen, d_inner;
 };
 
@@ -55,7 +28,7 @@ struct Place {
 };
 
 __device__ __forceinline__ Place place_of(const int* seq, int row, int seqlen) {
-  if (!HAS_SEQ) return {row < seqlen, true, min(row, WIDTH)};
+  if (!HAS_SEQ) return {row < seqlen, true, WIDTH};  // the window holds the initial state too
   if (row >= seqlen) return {false, false, 0};
   const int id = __ldg(seq + row);
   int age = 0, before = -1;
@@ -68,79 +41,97 @@ __device__ __forceinline__ Place place_of(const int* seq, int row, int seqlen) {
 }
 
 __device__ __forceinline__ bool is_last(const int* seq, int row, int seqlen) {
-  return row == seqlen - 1 || (HAS_SEQ && __ldg(seq + row + 1) < 0);
+  return row == seqlen - 1 || (HAS_SEQ && row < seqlen && __ldg(seq + row + 1) < 0);
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + exp2f(-x * LOG2_E)); }
-
-// A channel of one row of the batch.
-struct Channel {
-  const X* x;
-  const State* state;
+// A thread's channels of one row of the batch.
+struct Channels {
+  const char* x;
+  const void* state;
   const int* seq;
-  float weight[WIDTH], bias;
+  long long first_state;  // element of the states that belongs to the first channel
+  float weight[WIDTH][VEC], bias[VEC];
 
-  __device__ __forceinline__ Channel(const Args& p, long long batch, int d)
-      : x((const X*)p.x + batch * p.sxb + d),
-        state((const State*)p.state + (batch * p.d_inner + d) * WIDTH),
+  __device__ __forceinline__ Channels(const Args& p, long long batch, int d)
+      : x(at<X_TYPE>(p.x, batch * p.sxb + d)),
+        state(p.state),
         seq(p.seq + (HAS_SEQ ? batch * p.seqlen : 0)),
-        bias(HAS_BIAS ? p.bias[d] : 0.0f) {
+        first_state((batch * p.d_inner + d) * WIDTH) {
 #pragma unroll
-    for (int k = 0; k < WIDTH; k++) weight[k] = p.weight[(long long)d * WIDTH + k];
-  }
-  __device__ __forceinline__ float input(const Args& p, int row) const {
-    return row >= 0 && row < p.seqlen ? widen<X_TYPE>(__ldg(x + (long long)row * p.sxt)) : 0.0f;
-  }
-  // Taps of a token from the inputs window[j] = x[row - j]
-  __device__ __forceinline__ void taps(const float (&window)[WIDTH], const Place& at, float (&tap)[WIDTH]) const {
+    for (int c = 0; c < VEC; c++) {
+      bias[c] = HAS_BIAS ? p.bias[d + c] : 0.0f;
 #pragma unroll
-    for (int j = 0; j < WIDTH; j++) {
-      tap[j] = j <= at.age ? window[j] : 0.0f;
-      if (HAS_STATE && j > at.age && at.first) tap[j] = widen<STATE_TYPE>(state[WIDTH - (j - at.age)]);
+      for (int k = 0; k < WIDTH; k++) weight[k][c] = p.weight[(long long)(d + c) * WIDTH + k];
     }
   }
-  __device__ __forceinline__ float sum(const float (&tap)[WIDTH]) const {
-    float total = bias;
+  __device__ __forceinline__ float state_at(int column, int c) const {
+    return load<STATE_TYPE>(at<STATE_TYPE>(state, first_state + c * WIDTH + column))[0];
+  }
+  // Inputs of a row; of the initial state or zeros before row 0.
+  __device__ __forceinline__ void input(const Args& p, int row, float (&values)[VEC]) const {
+    if (row >= 0) {
+      const Pack<X_TYPE, VEC> pack = load<X_TYPE, VEC>(x, row, p.sxt);
 #pragma unroll
-    for (int j = 0; j < WIDTH; j++) total = fmaf(weight[WIDTH - 1 - j], tap[j], total);
-    return total;
+      for (int c = 0; c < VEC; c++) values[c] = pack[c];
+    } else {
+#pragma unroll
+      for (int c = 0; c < VEC; c++) values[c] = HAS_STATE && !HAS_SEQ && row >= -WIDTH ? state_at(WIDTH + row, c) : 0.0f;
+    }
+  }
+  // Tap j of a channel of a token from the inputs window[j] = x[row - j].
+  __device__ __forceinline__ float tap(const float (&window)[WIDTH][VEC], const Place& place, int j, int c) const {
+    if (!HAS_SEQ || j <= place.age) return window[j][c];
+    return HAS_STATE && place.first ? state_at(WIDTH - (j - place.age), c) : 0.0f;
   }
 };
 
-__device__ __forceinline__ void push(float (&window)[WIDTH], float value) {
+__device__ __forceinline__ void push(float (&window)[WIDTH][VEC], const float (&values)[VEC]) {
 #pragma unroll
-  for (int j = WIDTH - 1; j > 0; j--) window[j] = window[j - 1];
-  window[0] = value;
+  for (int c = 0; c < VEC; c++) {
+#pragma unroll
+    for (int j = WIDTH - 1; j > 0; j--) window[j][c] = window[j - 1][c];
+    window[0][c] = values[c];
+  }
 }
 
 extern "C" __global__ void conv_forward(const Args p) {
-  const int d = blockIdx.x * blockDim.x + threadIdx.x;
+  const int d = (blockIdx.x * blockDim.x + threadIdx.x) * VEC;
   const long long batch = blockIdx.z;
   if (d >= p.d_inner) return;
-  const Channel channel(p, batch, d);
-  X* y = (X*)p.y + batch * p.seqlen * p.d_inner + d;
-  const int begin = blockIdx.y * RUN, end = min(begin + RUN, p.seqlen);
-  float window[WIDTH], tap[WIDTH];
+  const Channels own(p, batch, d);
+  char* y = at<X_TYPE>(p.y, batch * p.seqlen * p.d_inner + d);
+  const int begin = blockIdx.y * RUN, end = min(begin + RUN, p.seqlen), last = p.seqlen - 1;
+  float window[WIDTH][VEC];
 #pragma unroll
-  for (int j = 0; j < WIDTH; j++) window[j] = channel.input(p, begin - 1 - j);
+  for (int j = 0; j < WIDTH; j++) own.input(p, begin - 1 - j, window[j]);
   for (int first = begin; first < end; first += AHEAD) {
-    float next[AHEAD];
+    Pack<X_TYPE, VEC> next[AHEAD];
 #pragma unroll
-    for (int k = 0; k < AHEAD; k++) next[k] = channel.input(p, first + k);
+    for (int k = 0; k < AHEAD; k++) next[k] = load<X_TYPE, VEC>(own.x, min(first + k, last), p.sxt);
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
       const int row = first + k;
-      if (row >= end) break;
-      push(window, next[k]);
-      const Place at = place_of(channel.seq, row, p.seqlen);
-      channel.taps(window, at, tap);
-      float total = channel.sum(tap);
-      if (SILU) total *= sigmoid(total);
-      y[(long long)row * p.d_inner] = narrow<X_TYPE>(at.real ? total : 0.0f);
-      if (at.real && is_last(channel.seq, row, p.seqlen)) {
+      float values[VEC], total[VEC];
 #pragma unroll
-        for (int j = 0; j < WIDTH; j++)
-          ((X*)p.final_state)[(batch * p.d_inner + d) * WIDTH + WIDTH - 1 - j] = narrow<X_TYPE>(tap[j]);
+      for (int c = 0; c < VEC; c++) values[c] = next[k][c];
+      push(window, values);
+      const Place place = place_of(own.seq, row, p.seqlen);
+#pragma unroll
+      for (int c = 0; c < VEC; c++) {
+        total[c] = own.bias[c];
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) total[c] = fmaf(own.weight[WIDTH - 1 - j][c], own.tap(window, place, j, c), total[c]);
+        if (SILU) total[c] *= sigmoid(total[c]);
+        if (HAS_SEQ) total[c] = place.real ? total[c] : 0.0f;
+      }
+      if (row < end) put<X_TYPE>(y + (long long)row * p.d_inner * ELEMENT_BYTES(X_TYPE), total);
+      if (row < end && place.real && is_last(own.seq, row, p.seqlen)) {
+        for (int c = 0; c < VEC; c++)
+#pragma unroll
+          for (int j = 0; j < WIDTH; j++) {
+            const float kept[1] = {own.tap(window, place, j, c)};
+            put<X_TYPE>(at<X_TYPE>(p.final_state, own.first_state + c * WIDTH + WIDTH - 1 - j), kept);
+          }
       }
     }
   }
@@ -154,86 +145,111 @@ __device__ __forceinline__ float before_silu(float grad, float total) {
 }
 
 extern "C" __global__ void conv_backward(const Args p) {
-  const int d = blockIdx.x * blockDim.x + threadIdx.x;
+  const int d = (blockIdx.x * blockDim.x + threadIdx.x) * VEC;
   const long long batch = blockIdx.z;
   if (d >= p.d_inner) return;
-  const Channel channel(p, batch, d);
-  const X* grad_y = (const X*)p.grad_y + batch * p.sgb + d;
-  const X* grad_final = (const X*)p.grad_final + (batch * p.d_inner + d) * WIDTH;
-  X* grad_x = (X*)p.grad_x + batch * p.seqlen * p.d_inner + d;
-  const int begin = blockIdx.y * RUN, end = min(begin + RUN, p.seqlen);
-  float window[WIDTH], tap[WIDTH], sums[WIDTH + 1];
-  float pending[WIDTH];  // gradient so far of the input j tokens back
+  const Channels own(p, batch, d);
+  const char* grad_y = at<X_TYPE>(p.grad_y, batch * p.sgb + d);
+  char* grad_x = at<X_TYPE>(p.grad_x, batch * p.seqlen * p.d_inner + d);
+  const int begin = blockIdx.y * RUN, end = min(begin + RUN, p.seqlen), last = p.seqlen - 1;
+  float window[WIDTH][VEC], sums[WIDTH + 1][VEC];
+  float pending[WIDTH][VEC];  // gradient so far of the input j tokens back
 #pragma unroll
   for (int j = 0; j < WIDTH; j++) {
-    window[j] = channel.input(p, begin - 1 - j);
-    pending[j] = sums[j] = 0.0f;
+    own.input(p, begin - 1 - j, window[j]);
+#pragma unroll
+    for (int c = 0; c < VEC; c++) pending[j][c] = 0.0f;
   }
-  sums[WIDTH] = 0.0f;
+#pragma unroll
+  for (int k = 0; k <= WIDTH; k++)
+#pragma unroll
+    for (int c = 0; c < VEC; c++) sums[k][c] = 0.0f;
+
   for (int first = begin; first < end + WIDTH - 1; first += AHEAD) {
-    float next[AHEAD], next_grad[AHEAD];
+    Pack<X_TYPE, VEC> next[AHEAD], next_grad[AHEAD];
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
-      next[k] = channel.input(p, first + k);
-      next_grad[k] = first + k < p.seqlen ? widen<X_TYPE>(__ldg(grad_y + (long long)(first + k) * p.sgt)) : 0.0f;
+      next[k] = load<X_TYPE, VEC>(own.x, min(first + k, last), p.sxt);
+      next_grad[k] = load<X_TYPE, VEC>(grad_y, min(first + k, last), p.sgt);
     }
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
       const int row = first + k;
-      push(window, next[k]);
-      push(pending, 0.0f);
-      const Place at = place_of(channel.seq, row, p.seqlen);
-      channel.taps(window, at, tap);
-      const float grad = at.real ? before_silu(next_grad[k], channel.sum(tap)) : 0.0f;
-      const bool to_final = HAS_FINAL && at.real && is_last(channel.seq, row, p.seqlen);
+      float values[VEC], zeros[VEC];
 #pragma unroll
-      for (int j = 0; j < WIDTH; j++) {
-        const float own = to_final ? widen<X_TYPE>(grad_final[WIDTH - 1 - j]) : 0.0f;
-        pending[j] += j <= at.age ? fmaf(channel.weight[WIDTH - 1 - j], grad, own) : 0.0f;
-        if (row < end) sums[WIDTH - 1 - j] = fmaf(grad, at.real ? tap[j] : 0.0f, sums[WIDTH - 1 - j]);
+      for (int c = 0; c < VEC; c++) {
+        values[c] = next[k][c];
+        zeros[c] = 0.0f;
       }
-      if (row < end) sums[WIDTH] += grad;
+      push(window, values);
+      push(pending, zeros);
+      const Place place = place_of(own.seq, row, p.seqlen);
+      const bool to_final = HAS_FINAL && place.real && is_last(own.seq, row, p.seqlen);
+#pragma unroll
+      for (int c = 0; c < VEC; c++) {
+        float total = own.bias[c], taps[WIDTH];
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) {
+          taps[j] = own.tap(window, place, j, c);
+          total = fmaf(own.weight[WIDTH - 1 - j][c], taps[j], total);
+        }
+        const float grad = place.real ? before_silu(next_grad[k][c], total) : 0.0f;
+        const float counted = row < end ? grad : 0.0f;
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) {
+          float into = own.weight[WIDTH - 1 - j][c] * grad;
+          if (to_final)
+            into += load<X_TYPE>(at<X_TYPE>(p.grad_final, own.first_state + c * WIDTH + WIDTH - 1 - j))[0];
+          pending[j][c] += !HAS_SEQ || j <= place.age ? into : 0.0f;
+          sums[WIDTH - 1 - j][c] = fmaf(counted, !HAS_SEQ || place.real ? taps[j] : 0.0f, sums[WIDTH - 1 - j][c]);
+        }
+        sums[WIDTH][c] += counted;
+      }
       const int complete = row - (WIDTH - 1);
-      if (complete >= begin && complete < end) grad_x[(long long)complete * p.d_inner] = narrow<X_TYPE>(pending[WIDTH - 1]);
+      if (complete >= begin && complete < end)
+        put<X_TYPE>(grad_x + (long long)complete * p.d_inner * ELEMENT_BYTES(X_TYPE), pending[WIDTH - 1]);
     }
   }
   float* part = p.part + (batch * gridDim.y + blockIdx.y) * (WIDTH + 1) * p.d_inner + d;
 #pragma unroll
-  for (int k = 0; k <= WIDTH; k++) part[(long long)k * p.d_inner] = sums[k];
+  for (int k = 0; k <= WIDTH; k++) put<0>(part + (long long)k * p.d_inner, sums[k]);
 }
 
+// One thread a channel: the gradient that reaches the initial state comes from the first WIDTH tokens.
 extern "C" __global__ void conv_backward_state(const Args p) {
   const int d = blockIdx.x * blockDim.x + threadIdx.x;
-  const long long batch = blockIdx.z;
+  const long long batch = blockIdx.z, own = (batch * p.d_inner + d) * WIDTH;
   if (d >= p.d_inner) return;
-  const Channel channel(p, batch, d);
-  const X* grad_y = (const X*)p.grad_y + batch * p.sgb + d;
-  const X* grad_final = (const X*)p.grad_final + (batch * p.d_inner + d) * WIDTH;
-  State* grad_state = (State*)p.grad_state + (batch * p.d_inner + d) * WIDTH;
+  const char *x = at<X_TYPE>(p.x, batch * p.sxb + d), *grad_y = at<X_TYPE>(p.grad_y, batch * p.sgb + d);
+  const int* seq = p.seq + (HAS_SEQ ? batch * p.seqlen : 0);
   int first = 0;
-  while (HAS_SEQ && first < p.seqlen && __ldg(channel.seq + first) < 0) first++;
-  float total[WIDTH], window[WIDTH], tap[WIDTH];
+  while (HAS_SEQ && first < p.seqlen && __ldg(seq + first) < 0) first++;
+  float total[WIDTH], inputs[2 * WIDTH];  // the initial state, then the first tokens
 #pragma unroll
   for (int j = 0; j < WIDTH; j++) {
     // A row of padding alone hands its initial state on
-    total[j] = HAS_FINAL && first == p.seqlen ? widen<X_TYPE>(grad_final[j]) : 0.0f;
-    window[j] = 0.0f;
+    total[j] = HAS_FINAL && first == p.seqlen ? load<X_TYPE>(at<X_TYPE>(p.grad_final, own + j))[0] : 0.0f;
+    inputs[j] = HAS_STATE ? load<STATE_TYPE>(at<STATE_TYPE>(p.state, own + j))[0] : 0.0f;
   }
 #pragma unroll
   for (int age = 0; age < WIDTH; age++) {
     const int row = first + age;
-    const Place at = place_of(channel.seq, row, p.seqlen);
-    if (!at.real || at.age != age) break;
-    push(window, channel.input(p, row));
-    channel.taps(window, at, tap);
-    const float grad = before_silu(widen<X_TYPE>(__ldg(grad_y + (long long)row * p.sgt)), channel.sum(tap));
-    const bool to_final = HAS_FINAL && is_last(channel.seq, row, p.seqlen);
+    if (row >= p.seqlen || (HAS_SEQ && __ldg(seq + row) != __ldg(seq + first))) break;
+    inputs[WIDTH + age] = load<X_TYPE>(x, row, p.sxt)[0];
+    float sum = HAS_BIAS ? p.bias[d] : 0.0f;
+#pragma unroll
+    for (int j = 0; j < WIDTH; j++) sum = fmaf(p.weight[(long long)d * WIDTH + WIDTH - 1 - j], inputs[WIDTH + age - j], sum);
+    const float grad = before_silu(load<X_TYPE>(grad_y, row, p.sgt)[0], sum);
+    const bool to_final = HAS_FINAL && is_last(seq, row, p.seqlen);
 #pragma unroll
     for (int j = age + 1; j < WIDTH; j++) {
-      const float own = to_final ? widen<X_TYPE>(grad_final[WIDTH - 1 - j]) : 0.0f;
-      total[WIDTH - (j - age)] += fmaf(channel.weight[WIDTH - 1 - j], grad, own);
+      const float last = to_final ? load<X_TYPE>(at<X_TYPE>(p.grad_final, own + WIDTH - 1 - j))[0] : 0.0f;
+      total[WIDTH - (j - age)] += fmaf(p.weight[(long long)d * WIDTH + WIDTH - 1 - j], grad, last);
     }
   }
 #pragma unroll
-  for (int k = 0; k < WIDTH; k++) grad_state[k] = narrow<STATE_TYPE>(total[k]);
+  for (int k = 0; k < WIDTH; k++) {
+    const float one[1] = {total[k]};
+    put<STATE_TYPE>(at<STATE_TYPE>(p.grad_state, own + k), one);
+  }
 }

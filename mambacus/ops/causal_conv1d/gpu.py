@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from mambacus.ops.causal_conv1d import gpu_cuda
-from mambacus.ops.nvrtc import choose_kernels, wants_cuda
+from mambacus.ops.nvrtc import choose_kernels
 
 
 def implementation(x: Tensor, width: int, *others: Tensor | None) -> tuple[str, str]:
     """Return ``cuda`` or ``triton``, and the reason, for inputs like these.
 
     Raises:
-        UserError: ``MAMBACUS_GPU_KERNELS`` asks for what cannot run.
+        UserError: as `choose_kernels`.
     """
-    obstacle = gpu_cuda.obstacle(x, width, *others) if wants_cuda() else None
-    return choose_kernels("causal_conv1d", obstacle)
+    return choose_kernels("causal_conv1d", gpu_cuda.obstacle(x, width, *others))
 
 
 def forward(

@@ -1,5 +1,5 @@
 """Root mean square normalisation."""
 
-from mambacus.ops.rms_norm.interface import rms_norm
+from mambacus.ops.rms_norm.interface import add_rms_norm, rms_norm
 
-__all__ = ["rms_norm"]
+__all__ = ["add_rms_norm", "rms_norm"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mambacus.ops.nvrtc import choose_kernels, wants_cuda
+from mambacus.ops.nvrtc import choose_kernels
 from mambacus.ops.selective_scan import gpu_cuda
 
 if TYPE_CHECKING:
@@ -27,10 +27,9 @@ def implementation(x: Tensor, d_state: int, *others: Tensor | None) -> tuple[str
     """Return ``cuda`` or ``triton``, and the reason, for inputs like these.
 
     Raises:
-        UserError: ``MAMBACUS_GPU_KERNELS`` asks for what cannot run.
+        UserError: as `choose_kernels`.
     """
-    obstacle = gpu_cuda.obstacle(x, d_state, *others) if wants_cuda() else None
-    return choose_kernels("selective_scan", obstacle)
+    return choose_kernels("selective_scan", gpu_cuda.obstacle(x, d_state, *others))
 
 
 def forward(

@@ -14,67 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambacus.ops.nvrtc import Program, unavailable
+from mambacus.ops import nvrtc
+from mambacus.ops.nvrtc import TYPES, Program, channels_last, parameter
 
 MAX_STATES = 64
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CHANNELS = 32  # of a block
 _SOURCE = Path(__file__).with_name("scan.cu")
-_SHARED_BYTES = 232448 - 1024  # of a block on sm_90, less what the driver keeps
-_POINTERS = (
-    "x",
-    "delta",
-    "B",
-    "C",
-    "z",
-    "grad_y",
-    "A",
-    "D",
-    "bias",
-    "state",
-    "seq",
-    "y",
-    "grad_x",
-    "grad_delta",
-    "grad_z",
-    "grad_B",
-    "grad_C",
-    "end_state",
-    "carry",
-    "segment_steps",
-    "segment_restarts",
-    "chunk_states",
-    "part_B",
-    "part_C",
-    "part_sums",
+_Args = nvrtc.struct(
+    "x delta B C z grad_y A D bias state seq y grad_x grad_delta grad_z grad_B grad_C end_state carry segment_steps "
+    "segment_restarts chunk_states part_B part_C part_sums",
+    "sxb sdb szb sgb sBb sCb",
+    "sxt sdt szt sgt sBt sCt sBn sCn batches seqlen d_inner n_chunks blocks padded segment",
 )
-_STRIDES = ("sxb", "sdb", "szb", "sgb", "sBb", "sCb")
-_INTEGERS = (
-    "sxt",
-    "sdt",
-    "szt",
-    "sgt",
-    "sBt",
-    "sCt",
-    "sBn",
-    "sCn",
-    "batches",
-    "seqlen",
-    "d_inner",
-    "n_chunks",
-    "blocks",
-    "padded",
-    "segment",
-)
-
-
-class _Args(ctypes.Structure):
-    """``struct Args`` of ``scan.cu``, field for field."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_longlong) for name in _STRIDES),
-        *((name, ctypes.c_int) for name in _INTEGERS),
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +34,12 @@ class Plan:
 
     Attributes:
         warps: warps of a block; they divide the states.
-        cpt: channels of one thread, so a block has 32 x cpt.
         tile: tokens between two meetings of the warps.
         blocks: blocks a multiprocessor shall hold, which bounds the registers.
         segment: tokens of one block, a multiple of the chunk length.
     """
 
     warps: int
-    cpt: int
     tile: int
     blocks: int
     segment: int
@@ -104,9 +53,9 @@ def obstacle(x: Tensor, d_state: int, *others: Tensor | None) -> str | None:
         return f"they hold at most {MAX_STATES} states, got {d_state}"
     if x.shape[0] > 65535:
         return f"they take at most 65535 rows, got {x.shape[0]}"
-    if any(t is not None and t.dtype not in _TYPES for t in (x, *others)):
+    if any(t is not None and t.dtype not in TYPES for t in (x, *others)):
         return "they take float32, bfloat16 and float16"
-    return unavailable() or _too_old(x.device.index)
+    return nvrtc.unavailable() or _too_old(x.device.index)
 
 
 @functools.cache
@@ -122,18 +71,18 @@ def _multiprocessors(device: int) -> int:
 
 def forward_plan(x: Tensor, d_state: int, chunk: int) -> Plan:
     """Return the launch of ``scan_forward``."""
-    return Plan(warps=4, cpt=1, tile=32, blocks=1, segment=_segment(x, 32, chunk))
+    return Plan(warps=4, tile=32, blocks=4, segment=_segment(x, chunk))
 
 
 def backward_plan(x: Tensor, d_state: int, chunk: int) -> Plan:
     """Return the launch of ``scan_backward``."""
-    return Plan(warps=4, cpt=1, tile=16, blocks=1, segment=_segment(x, 32, chunk))
+    return Plan(warps=4, tile=16, blocks=3, segment=_segment(x, chunk))
 
 
-def _segment(x: Tensor, channels: int, chunk: int) -> int:
-    """Return the longest segment that leaves two blocks or more to each multiprocessor."""
+def _segment(x: Tensor, chunk: int) -> int:
+    """Return the longest segment that leaves three blocks or more to each multiprocessor."""
     batch, seqlen, d_inner = x.shape
-    rows, chunks = batch * -(-d_inner // channels), -(-seqlen // chunk)
+    rows, chunks = batch * -(-d_inner // CHANNELS), -(-seqlen // chunk)
     if rows >= _multiprocessors(x.device.index):
         return chunk * chunks
     return chunk * -(-chunks // min(chunks, -(-4 * _multiprocessors(x.device.index) // rows)))
@@ -141,30 +90,15 @@ def _segment(x: Tensor, channels: int, chunk: int) -> int:
 
 @functools.cache
 def _source() -> str:
-    return _SOURCE.read_text(encoding="utf-8")
-
-
-def _program(direction: str, plan: Plan, chunk: int, d_state: int, dtypes: dict[str, torch.dtype], device: int,
-             **flags: bool) -> Program:  # fmt: skip
-    macros = [direction, f"STATES={d_state}", f"WARPS={plan.warps}", f"CPT={plan.cpt}", f"TILE={plan.tile}",
-              f"CHUNK={chunk}", f"MIN_BLOCKS={plan.blocks}"]  # fmt: skip
-    macros += [f"{name}_TYPE={_TYPES[dtype]}" for name, dtype in dtypes.items()]
-    macros += [f"{name}={int(value)}" for name, value in flags.items()]
-    return Program(_source(), tuple(macros), device)
+    return nvrtc.source(_SOURCE)
 
 
 def backward_shared_bytes(plan: Plan, chunk: int, d_state: int) -> int:
     """Return the bytes of shared memory of a block of ``scan_backward``: the arrays at the head of the kernel."""
-    channels = 32 * plan.cpt
     states = -(-d_state // plan.warps) * plan.warps
-    floats = (chunk // plan.tile + 3) * states * channels + 3 * chunk * channels
-    floats += plan.warps * 3 * plan.tile * channels + 2 * states * chunk + chunk
+    floats = (chunk // plan.tile + 3) * states * CHANNELS + 3 * chunk * CHANNELS
+    floats += plan.warps * 3 * plan.tile * CHANNELS + 2 * states * chunk + chunk + 2 * CHANNELS
     return 4 * floats
-
-
-def _row_strides(tensor: Tensor | None) -> tuple[int, int]:
-    """Return the batch stride in elements and the token stride in bytes."""
-    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1) * tensor.element_size())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,51 +122,44 @@ class Inputs:
         delta_bias: Tensor | None, delta_softplus: bool, seq_idx: Tensor | None,
     ) -> Inputs:  # fmt: skip
         """Copy what is not yet as wanted."""
-
-        def parameter(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.float().contiguous()
-
         return Inputs(
             channels_last(x), channels_last(delta), A.float().contiguous(), B, C, parameter(D),
             None if z is None else channels_last(z), parameter(delta_bias),
             None if seq_idx is None else seq_idx.to(torch.int32).contiguous(), delta_softplus,
         )  # fmt: skip
 
-    def program(self, direction: str, plan: Plan, chunk: int, **flags: bool) -> Program:
+    def program(self, direction: str, plan: Plan, chunk: int, grad_y: Tensor | None = None, **flags: bool) -> Program:
         """Return the program for these inputs."""
-        dtypes = {"X": self.x.dtype, "DELTA": self.delta.dtype, "B": self.B.dtype, "C": self.C.dtype,
-                  "Z": self.x.dtype if self.z is None else self.z.dtype}  # fmt: skip
-        return _program(
-            direction, plan, chunk, self.A.shape[1], dtypes, self.x.device.index, HAS_D=self.D is not None,
-            HAS_Z=self.z is not None, HAS_BIAS=self.bias is not None, HAS_SEQ=self.seq is not None,
-            SOFTPLUS=self.softplus, EXACT=self.x.shape[2] % (32 * plan.cpt) == 0, **flags,
-        )  # fmt: skip
+        z = self.x if self.z is None else self.z
+        macros: dict[str, int] = {
+            "STATES": self.A.shape[1], "WARPS": plan.warps, "TILE": plan.tile, "CHUNK": chunk,
+            "MIN_BLOCKS": plan.blocks, "X_TYPE": TYPES[self.x.dtype], "DELTA_TYPE": TYPES[self.delta.dtype],
+            "B_TYPE": TYPES[self.B.dtype], "C_TYPE": TYPES[self.C.dtype], "Z_TYPE": TYPES[z.dtype],
+            "VEC": nvrtc.group_size(8, self.x, self.delta, self.z, grad_y),
+            "MATRIX_VEC": nvrtc.group_size(4, self.B, self.C), "HAS_D": self.D is not None,
+            "HAS_Z": self.z is not None, "HAS_BIAS": self.bias is not None, "HAS_SEQ": self.seq is not None,
+            "SOFTPLUS": self.softplus, "EXACT": self.x.shape[2] % CHANNELS == 0, **flags,
+        }  # fmt: skip
+        values = (f"{name}={int(value)}" for name, value in macros.items())
+        return Program(_source(), (direction, *values), self.x.device.index)
 
-    def arguments(self, plan: Plan, chunk: int, **more: Any) -> _Args:
-        """Return the struct; ``more`` are further tensors and integers by name."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "softplus"} | more
-        arguments = _Args()
-        for name in _POINTERS:
-            tensor = values.pop(name, None)
-            if tensor is not None:
-                setattr(arguments, name, tensor.data_ptr())
-        for letter, tensor in (("x", self.x), ("d", self.delta), ("z", self.z), ("g", more.get("grad_y")),
-                               ("B", self.B), ("C", self.C)):  # fmt: skip
-            batch_stride, token_stride = _row_strides(tensor)
-            setattr(arguments, f"s{letter}b", batch_stride)
-            setattr(arguments, f"s{letter}t", token_stride)
-        arguments.sBn = self.B.stride(2) * self.B.element_size()
-        arguments.sCn = self.C.stride(2) * self.C.element_size()
+    def arguments(self, plan: Plan, chunk: int, **more: Tensor | int | None) -> ctypes.Structure:
+        """Return the struct; ``more`` are further tensors by name."""
         batch, seqlen, d_inner = self.x.shape
-        arguments.batches, arguments.seqlen, arguments.d_inner = batch, seqlen, d_inner
-        arguments.n_chunks, arguments.blocks = -(-seqlen // chunk), -(-d_inner // (32 * plan.cpt))
-        arguments.padded, arguments.segment = -(-seqlen // chunk) * chunk, plan.segment
+        n_chunks = -(-seqlen // chunk)
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | more
+        del values["softplus"]
+        for letter, tensor in (("x", self.x), ("d", self.delta), ("z", self.z), ("g", values.get("grad_y")),
+                               ("B", self.B), ("C", self.C)):  # fmt: skip
+            values[f"s{letter}b"], values[f"s{letter}t"] = nvrtc.strides(tensor)
+        values |= {
+            "sBn": self.B.stride(2) * self.B.element_size(), "sCn": self.C.stride(2) * self.C.element_size(),
+            "batches": batch, "seqlen": seqlen, "d_inner": d_inner, "n_chunks": n_chunks,
+            "blocks": -(-d_inner // CHANNELS), "padded": n_chunks * chunk, "segment": plan.segment,
+        }  # fmt: skip
+        arguments = _Args()
+        nvrtc.fill(arguments, values)
         return arguments
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    """Return the tensor with neighbouring channels next to each other, copied only if they are not."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def enter_segments(
@@ -253,9 +180,9 @@ def enter_segments(
     buffer = functools.partial(torch.empty, dtype=torch.float32, device=i.x.device)
     carry, leaving = buffer(batch, n_segments, d_state, d_inner), buffer(batch, d_inner, d_state)
     steps, restarts = buffer(batch, n_segments, d_inner), buffer(batch, n_segments)
-    plan = dataclasses.replace(plan, warps=4, cpt=1, tile=32, blocks=1)
-    program = i.program(f"SEGMENT={0 if grad_y is None else 1}", plan, chunk, HAS_STATE=state is not None,
-                        HAS_INITIAL=False, HAS_CARRY=False, SAVE=False)  # fmt: skip
+    plan = dataclasses.replace(plan, warps=4, tile=32, blocks=1)
+    program = i.program(f"SEGMENT={0 if grad_y is None else 1}", plan, chunk, grad_y,
+                        HAS_STATE=state is not None, HAS_INITIAL=False, HAS_CARRY=False, SAVE=False)  # fmt: skip
     arguments = i.arguments(
         plan, chunk, state=state, grad_y=grad_y, carry=carry, end_state=leaving, segment_steps=steps,
         segment_restarts=restarts,
@@ -302,7 +229,7 @@ def backward(
     grad_y = channels_last(grad_y.to(i.x.dtype))
     state = None if grad_final is None else grad_final.float().contiguous()
     shared = backward_shared_bytes(plan, chunk, d_state)
-    n_segments, blocks = -(-seqlen // plan.segment), -(-d_inner // (32 * plan.cpt))
+    n_segments, blocks = -(-seqlen // plan.segment), -(-d_inner // CHANNELS)
     buffer = functools.partial(torch.empty, dtype=torch.float32, device=i.x.device)
     padded = -(-seqlen // chunk) * chunk
     part_B, part_C = buffer(blocks, batch, d_state, padded), buffer(blocks, batch, d_state, padded)
@@ -312,7 +239,7 @@ def backward(
         carry, grad_initial = enter_segments(i, state, grad_y, plan, chunk)
     else:
         grad_initial = buffer((batch, d_inner, d_state) if wants_initial else 0)
-    program = i.program("BACKWARD", plan, chunk, HAS_STATE=state is not None, HAS_INITIAL=wants_initial,
+    program = i.program("BACKWARD", plan, chunk, grad_y, HAS_STATE=state is not None, HAS_INITIAL=wants_initial,
                         HAS_CARRY=carry is not None, SAVE=False)  # fmt: skip
     grad_x, grad_delta = i.x.new_empty(i.x.shape), i.delta.new_empty(i.x.shape)
     grad_z = i.x.new_empty(0) if i.z is None else i.z.new_empty(i.x.shape)

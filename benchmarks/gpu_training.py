@@ -1,0 +1,105 @@
+"""Time training steps and prefill of random models on a GPU: tokens a second, peak memory, and where the time goes.
+
+Run from the repository: ``PYTHONPATH=. python benchmarks/gpu_training.py --out benchmarks train:130m:8x2048
+prefill:1.4b:32x2048``. Training is forward and backward without an optimiser step, float32 weights under bfloat16
+autocast; prefill is one pass in bfloat16 with the logits of the last token. Writes one JSON record named by date and
+GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mambacus.models import load
+from mambacus.runtime.records import Stopwatch, write_record
+
+DEVICE = torch.device("cuda")
+
+
+def step_of(kind: str, name: str, batch: int, seqlen: int) -> Callable[[], Any]:
+    """Return what is timed."""
+    model, _ = load(f"random:{name}", device=DEVICE, dtype=torch.float32 if kind == "train" else torch.bfloat16)
+    ids = torch.randint(2, 50000, (batch, seqlen), device=DEVICE)
+
+    def train() -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(ids, labels=ids, loss_only=True).loss
+        loss.backward()
+
+    @torch.inference_mode()
+    def prefill() -> None:
+        model(ids, logits_at=torch.full((batch, 1), seqlen - 1, device=DEVICE))
+
+    if kind == "train":
+        model.train()
+        return train
+    return prefill
+
+
+def measure(case: str, kernels: int) -> dict[str, Any]:
+    """Return the figures of one case: median of ten runs, the time until all work was queued, peak memory, kernels."""
+    kind, name, shape = case.split(":")
+    batch, seqlen = (int(size) for size in shape.split("x"))
+    step = step_of(kind, name, batch, seqlen)
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    samples = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        queued = time.perf_counter() - start
+        torch.cuda.synchronize()
+        samples.append((time.perf_counter() - start, queued))
+    seconds, queued = sorted(samples)[len(samples) // 2]
+    return {
+        "case": case, "ms": round(1e3 * seconds, 2), "queued_ms": round(1e3 * queued, 2),
+        "tokens_per_second": round(batch * seqlen / seconds),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "kernels": profile(step, kernels),
+    }  # fmt: skip
+
+
+def profile(step: Callable[[], Any], kernels: int) -> list[dict[str, Any]]:
+    """Return the kernels that take the most time in one step: name, number of calls, milliseconds."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as trace_kernels
+
+    with trace_kernels(activities=[ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    events = sorted(trace.key_averages(), key=lambda event: -event.device_time_total)[:kernels]
+    return [{"name": e.key[:100], "calls": e.count, "ms": round(e.device_time_total / 1e3, 3)} for e in events]
+
+
+def main() -> None:
+    """Measure every case, print, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="+")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the record")
+    parser.add_argument("--kernels", type=int, default=30)
+    options = parser.parse_args()
+    watch = Stopwatch()
+    name = torch.cuda.get_device_name().replace(" ", "-").lower()
+    path = options.out / f"gpu-training-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{name}.json"
+    rows = []
+    for case in options.cases:
+        rows.append(measure(case, options.kernels))
+        print({key: value for key, value in rows[-1].items() if key != "kernels"}, f"{watch.seconds:.0f} s", flush=True)
+        for row in rows[-1]["kernels"]:
+            print(f"{row['ms']:8.3f} ms {row['calls']:5d} x {row['name']}")
+        gc.collect()
+        torch.cuda.empty_cache()
+        write_record(path, watch.record("bench", "training and prefill on a GPU", vars(options), {"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
