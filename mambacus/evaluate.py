@@ -186,8 +186,9 @@ def main(argv: Sequence[str]) -> None:
     record = run(config)
     for task, metrics in record.results["tasks"].items():
         for metric, score in metrics.items():
-            stderr = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
-            print(f"{task:<18} {metric:<30} {score['value']:>10.4f}{stderr:<10}  n {score['n']}")
+            stderr = "" if score["stderr"] is None else f" ± {float(score['stderr']):.4f}"
+            value = float(score["value"])  # a record spells infinity, which a broken model has, as text
+            print(f"{task:<18} {metric:<30} {value:>10.4f}{stderr:<10}  n {score['n']}")
     reuse = record.results["state_reuse"]
     if reuse["enabled"]:
         print(f"tokens read: {reuse['tokens_read']}, saved by state reuse: {reuse['tokens_saved']}")

@@ -91,7 +91,7 @@ def test_stop_understands_escapes(capsys: pytest.CaptureFixture[str], monkeypatc
         (["--model", "nowhere/to/be"], "no such folder"),
         (["--temperature", "-1"], "temperature: expected >= 0"),
         (["--state", "missing.state"], "missing.state"),
-        (["--adapter", "missing"], "--adapter missing: expected a PEFT adapter folder"),
+        (["--adapter", "missing"], "--adapter missing: no such folder"),
         (["--save-state", "s", "--n", "2"], "--save-state keeps one state"),
         (["--device", "gpu"], "--device: expected"),
     ],

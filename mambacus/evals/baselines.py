@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from mambacus.inference import Completion, SamplingParams
 from mambacus.models import model_type
+from mambacus.models.adapters import adapter_folder
 from mambacus.models.registry import resolve
 from mambacus.runtime.errors import UserError
+
+# What transformers lets through from its parts when the files of a model are not what it takes them for.
+_UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError, SafetensorError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def choose_implementation(model: str, implementation: str) -> str:
@@ -38,22 +49,31 @@ def load_baseline(model: str, device: torch.device, dtype: torch.dtype, adapter:
     """Return a transformers causal LM in evaluation mode and its tokenizer, padding on the left.
 
     Raises:
-        UserError: transformers or PEFT cannot read it; their reason is given.
+        UserError: transformers or PEFT cannot read it, with their reason; or they read it where weights or a tokenizer
+            are missing, which transformers replaces by random weights and an empty vocabulary.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = _location(model)
+    folder = None if adapter is None else adapter_folder(adapter)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+        with _quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            loaded: Any
+            loaded, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except _UNREADABLE as error:
         raise UserError(f"transformers cannot load {model!r}: {' '.join(str(error).split())[:300]}") from None
-    if adapter is not None:
+    lacking = sorted(found["missing_keys"])
+    if lacking:
+        raise UserError(f"{model!r}: its files lack {len(lacking)} weights: {', '.join(lacking[:3])}")
+    if not tokenizer.encode("a", add_special_tokens=False):
+        raise UserError(f"{model!r}: no tokenizer beside the model")
+    if folder is not None:
         from peft import PeftModel
 
         try:
-            loaded = PeftModel.from_pretrained(loaded, adapter)
-        except (OSError, ValueError, RuntimeError) as error:
+            loaded = PeftModel.from_pretrained(loaded, folder)
+        except _UNREADABLE as error:
             raise UserError(
                 f"--adapter {adapter}: does not fit {model!r}: {' '.join(str(error).split())[:300]}"
             ) from None
@@ -61,6 +81,22 @@ def load_baseline(model: str, device: torch.device, dtype: torch.dtype, adapter:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return loaded.to(device).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide transformers' progress bar and its notes on a loaded model: what matters in them is an error here."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _location(model: str) -> str:

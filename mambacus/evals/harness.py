@@ -103,7 +103,8 @@ class MambacusLM(TemplateLM):
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return tuple(self.tokenizer.encode(string, **options))
+        ids = self.tokenizer.encode(string, **options)
+        return tuple(self._engine.encode(ids)) if ids else ()  # which refuses tokens that the model does not have
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any

@@ -83,10 +83,10 @@ def choose_tokens(logits: Tensor, params: SamplingParams, draws: Sequence[float]
         Token ids, int64 (rows,).
 
     Raises:
-        FloatingPointError: a logit is NaN.
+        UserError: a logit is NaN.
     """
     if logits.isnan().any():
-        raise FloatingPointError("the model gave NaN logits: its weights or its state hold NaN or infinity")
+        raise UserError("the model's logits are NaN: its state holds NaN or infinity, or its dtype is too narrow")
     if seen is not None and params.repetition_penalty != 1.0:
         penalty = params.repetition_penalty
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from mambacus.models.checkpoint import pointer_hint
 from mambacus.models.mamba import MambaLM
 from mambacus.models.signature import other_base
 from mambacus.runtime.errors import UserError
+from mambacus.runtime.records import read_json
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -39,7 +40,7 @@ def attach_adapter(model: MambaLM, folder: Path) -> Any:
             raise _another_model(folder, base, model, misplaced)
         wrapped = PeftModel.from_pretrained(model, folder)
     except safetensors.SafetensorError as error:
-        raise UserError(f"--adapter {folder}: corrupt {_WEIGHTS} ({error})") from None
+        raise UserError(f"--adapter {folder}: corrupt {_WEIGHTS} ({error}){pointer_hint(folder / _WEIGHTS)}") from None
     except (ValueError, RuntimeError, KeyError, TypeError) as error:  # all that PEFT raises for what does not fit
         raise _another_model(folder, base, model, " ".join(str(error).split())[:300]) from None
     places = get_peft_model_state_dict(wrapped, save_embedding_layers=False)  # "auto" would ask the hub
@@ -50,20 +51,33 @@ def attach_adapter(model: MambaLM, folder: Path) -> Any:
     return wrapped
 
 
+def adapter_folder(path: Path) -> Path:
+    """Return the folder of an adapter, given it or the fine-tuning run that made it.
+
+    Raises:
+        UserError: as `check_adapter_folder`.
+    """
+    folder = path / "adapter" if (path / "adapter" / _CONFIG).is_file() else path
+    check_adapter_folder(folder)
+    return folder
+
+
 def check_adapter_folder(folder: Path) -> str:
     """Return the name of the model that the adapter in ``folder`` was made for.
 
     Raises:
         UserError: the folder holds no PEFT adapter, or its configuration cannot be read.
     """
+    if not folder.is_dir():
+        what = "expected a PEFT adapter folder, got a file" if folder.exists() else "no such folder"
+        raise UserError(f"--adapter {folder}: {what}")
     missing = [name for name in (_CONFIG, _WEIGHTS) if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"--adapter {folder}: expected a PEFT adapter folder, missing {', '.join(missing)}")
-    try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"--adapter {folder}: {_CONFIG} is not valid JSON") from None
-    if not isinstance(config, dict) or "peft_type" not in config:
+        tuned = any((folder / name).is_file() for name in ("config.json", "model/config.json"))
+        hint = "; it holds a whole model, which is given as --model" if tuned else ""
+        raise UserError(f"--adapter {folder}: expected a PEFT adapter folder, missing {', '.join(missing)}{hint}")
+    config = read_json(folder / _CONFIG)
+    if "peft_type" not in config:
         raise UserError(f"--adapter {folder}: {_CONFIG} is not a PEFT configuration (no 'peft_type')")
     return str(config.get("base_model_name_or_path") or "an unnamed model")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from mambacus.models.config import MambaConfig
 from mambacus.models.mamba import MambaLM, keeps_float32
 from mambacus.runtime.errors import UserError
-from mambacus.runtime.records import write_json_atomic
+from mambacus.runtime.records import read_json, write_json_atomic
 
 FORMATS = ("hf", "original")
 CONFIG_FILE = "config.json"
@@ -63,15 +64,15 @@ def save(
     present = [name for name in (CONFIG_FILE, _SINGLE, _INDEX, _PICKLED) if (folder / name).exists()]
     if present:
         raise UserError(f"{folder}: holds a model already ({', '.join(present)}); choose another folder")
+    dtype = str(model.dtype).removeprefix("torch.")
+    config = model.config.to_hf(dtype) if format == "hf" else model.config.to_original()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}") from None
     if format == "hf":
-        config = model.config.to_hf(str(model.dtype).removeprefix("torch."))
         _write_safetensors(folder, tensors, max_shard_bytes)
     else:
-        config = model.config.to_original()
         names = {_ORIGINAL_EMBEDDINGS if name == _EMBEDDINGS else name: t.cpu() for name, t in tensors.items()}
         names.setdefault(_HEAD, names[_ORIGINAL_EMBEDDINGS])  # that code wants the key of a tied head too
         _write_atomic(folder / _PICKLED, lambda path: torch.save(names, path))
@@ -86,7 +87,26 @@ def read_config(folder: Path) -> MambaConfig:
     Raises:
         UserError: the file is missing, not JSON, or not of a model we can run.
     """
-    return MambaConfig.from_json(_read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    return MambaConfig.from_json(read_json(config_file(folder)), str(folder / CONFIG_FILE))
+
+
+def config_file(folder: Path) -> Path:
+    """Return the ``config.json`` of a model folder.
+
+    Raises:
+        UserError: there is none; if the folder is another of ours, the message says what to give instead.
+    """
+    path = folder / CONFIG_FILE
+    if path.is_file():
+        return path
+    hint = ""
+    if (folder / "adapter_config.json").is_file():
+        hint = "; it is an adapter: give its base model, and this as --adapter"
+    elif (folder / "adapter" / "adapter_config.json").is_file():
+        hint = f"; it is a fine-tuning run: merge it, or give its base model and --adapter {folder / 'adapter'}"
+    elif (folder / "model" / CONFIG_FILE).is_file():
+        hint = f"; the model is in {folder / 'model'}"
+    raise UserError(f"{folder}: not a model folder, it has no {CONFIG_FILE}{hint}")
 
 
 def load_checkpoint(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -> MambaLM:
@@ -100,7 +120,8 @@ def load_checkpoint(folder: Path, device: torch.device | str, dtype: torch.dtype
             are at least float32.
 
     Raises:
-        UserError: a file is missing or corrupt; a parameter is missing, unknown, or of another shape (all are named).
+        UserError: a file is missing or corrupt; a parameter is missing, unknown, of another shape, or holds NaN or
+            infinity (all are named).
     """
     config = read_config(folder)
     stored = {
@@ -137,6 +158,7 @@ def _check_parameters(stored: dict[str, Tensor], expected: dict[str, torch.Size]
         ("missing", [name for name in expected if name not in stored]),
         ("unknown", [name for name in stored if name not in expected]),
         ("not floating point", [name for name in expected if name in stored and not stored[name].is_floating_point()]),
+        ("with NaN or infinity", [name for name in expected if name in stored and not _is_finite(stored[name])]),
         (
             "of another shape",
             [
@@ -153,21 +175,26 @@ def _check_parameters(stored: dict[str, Tensor], expected: dict[str, torch.Size]
         raise UserError(f"{folder}: the parameters do not fit {CONFIG_FILE}; {'; '.join(faults)}")
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Tell whether no value is NaN or infinite; no finite float32 value can make a sum in float64 infinite."""
+    return not tensor.is_floating_point() or math.isfinite(tensor.sum(dtype=torch.float64))
+
+
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read all stored tensors of a folder to the CPU."""
     for single, index, read in (
         (_SINGLE, _INDEX, _read_safetensors),
         (_PICKLED, _PICKLED_INDEX, _read_pickled),
     ):
-        if (folder / single).exists():
+        if (folder / single).is_file():
             return read(folder / single)
-        if (folder / index).exists():
+        if (folder / index).is_file():
             return _read_shards(folder, folder / index, read)
     raise UserError(f"{folder}: no weights: expected {_SINGLE}, {_INDEX} or {_PICKLED}")
 
 
 def _read_shards(folder: Path, index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index}: expected a 'weight_map' from parameter names to file names")
     files = sorted(set(weight_map.values()))
@@ -191,15 +218,26 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: corrupt or truncated safetensors file ({error})") from None
+        raise UserError(f"{path}: corrupt or truncated safetensors file ({error}){pointer_hint(path)}") from None
+
+
+def pointer_hint(path: Path) -> str:
+    """Return what to do if ``path`` is not the file but Git LFS's note about it, else an empty string."""
+    with open(path, "rb") as file:
+        is_pointer = file.read(24) == b"version https://git-lfs."
+    return "; it is a pointer of Git LFS, fetch the file itself with git lfs pull" if is_pointer else ""
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: corrupt, or holds more than tensors, which is not loaded ({reason})") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol; what matters is raised
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: corrupt, or it holds more than tensors, which could run code and is not loaded"
+            f"{pointer_hint(path)}"
+        ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:  # a cut zip file can raise any of these
         reason = f"{type(error).__name__} {error}"
         raise UserError(f"{path}: corrupt, truncated or unreadable ({' '.join(reason.split())})") from None
@@ -257,15 +295,3 @@ def _write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {' '.join(str(error).split())}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path}: not valid JSON") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got a {type(value).__name__}")
-    return value

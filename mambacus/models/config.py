@@ -83,6 +83,9 @@ class MambaConfig:
             raise UserError(
                 f"model config: pad_vocab_size_multiple: expected >= 1, got {self.pad_vocab_size_multiple!r}"
             )
+        for name in ("norm_eps", "dt_min", "dt_max", "dt_scale", "dt_init_floor", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"model config: {name}: expected a number above 0, got {getattr(self, name)!r}")
         if self.dt_init not in ("random", "constant"):
             raise UserError(f"model config: dt_init: expected random or constant, got {self.dt_init!r}")
 
@@ -145,7 +148,7 @@ class MambaConfig:
         if missing:
             raise UserError(f"{where}: missing {', '.join(missing)}")
         _require(values, _HF_FIXED, where)
-        config = cls(**_typed({ours: values[key] for ours, key in _HF_KEYS.items() if key in values}, where))
+        config = cls._made({ours: values[key] for ours, key in _HF_KEYS.items() if key in values}, where)
         repeated = {
             "intermediate_size": config.d_inner, "d_inner": config.d_inner, "d_model": config.d_model,
             "n_layer": config.n_layer,
@@ -186,7 +189,16 @@ class MambaConfig:
         fields = {"pad_vocab_size_multiple": 8}  # the original's default
         fields |= {key: values[key] for key in _ORIGINAL_KEYS if key in values}
         fields |= {ours: ssm[key] for key, ours in _SSM_CFG_KEYS.items() if key in ssm}
-        return cls(**_typed(fields, where))
+        return cls._made(fields, where)
+
+    @classmethod
+    def _made(cls, fields: dict[str, Any], where: str) -> MambaConfig:
+        """Return the configuration with these fields; a fault in one names the file ``where`` it stands."""
+        _check_types(fields, where)
+        try:
+            return cls(**fields)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
     def to_original(self) -> dict[str, Any]:
         """Return the ``config.json`` of the original ``state-spaces/mamba`` code.
@@ -304,8 +316,8 @@ def _require(values: dict[str, Any], allowed: dict[str, tuple[Any, ...]], where:
         raise UserError(f"{where}: this model needs {'; '.join(wrong)}")
 
 
-def _typed(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return ``fields`` unchanged, or raise UserError naming the first whose JSON type is not that of the field."""
+def _check_types(fields: dict[str, Any], where: str) -> None:
+    """Raise UserError naming the first of ``fields`` whose JSON type is not that of the field."""
     for name, value in fields.items():
         default = MambaConfig.__dataclass_fields__[name].default
         wanted: tuple[type, ...] = (int,)
@@ -320,4 +332,5 @@ def _typed(fields: dict[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
             names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in wanted)
             raise UserError(f"{where}: {name}: expected {names}, got {value!r}")
-    return fields
+        if isinstance(value, list) and not all(isinstance(part, int) for part in value):
+            raise UserError(f"{where}: {name}: expected a list of token ids, got {value!r}")

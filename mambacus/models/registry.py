@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import json
 import os
 import re
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 
 import torch
 
-from mambacus.models.adapters import attach_adapter, check_adapter_folder
-from mambacus.models.checkpoint import CONFIG_FILE, load_checkpoint, read_config
+from mambacus.models.adapters import adapter_folder, attach_adapter
+from mambacus.models.checkpoint import CONFIG_FILE, config_file, load_checkpoint, read_config
 from mambacus.models.config import MambaConfig
 from mambacus.models.hub import hub_folder
 from mambacus.models.mamba import MambaLM
 from mambacus.models.tokenizer import byte_tokenizer, folder_tokenizer, neox_tokenizer, tokenizer_file
 from mambacus.runtime.errors import UserError, suggest
+from mambacus.runtime.records import read_json
 
 _NEOX_VOCABULARY = 50280  # rows of the embedding: 50277 tokens, rounded up to a multiple of 8
 
@@ -73,7 +73,8 @@ def load(
             SIZE micro, tiny, 130m, 370m, 790m, 1.4b or 2.8b (published shapes, fresh parameters).
         device: where the model goes.
         dtype: dtype of the weights, None for the stored one; ``A_log``, ``D`` and ``dt_proj.bias`` stay float32.
-        adapter: folder of a PEFT adapter to attach; the model is then a ``peft.PeftModel`` around the `MambaLM`.
+        adapter: folder of a PEFT adapter to attach, or the fine-tuning run that holds it; the model is then a
+            ``peft.PeftModel`` around the `MambaLM`.
         tokenizer: folder or ``tokenizer.json`` to use instead of the model's own.
         data_dir: data folder in which the GPT-NeoX tokenizer may lie (default: ``$MAMBACUS_DATA_DIR``).
         backend: backend of the ops: ``auto``, ``reference``, ``cpu`` or ``triton``.
@@ -88,8 +89,7 @@ def load(
         UserError: no such model, hub not reachable, broken files, an adapter for another model, no tokenizer.
     """
     source = resolve(name)
-    if adapter is not None:
-        check_adapter_folder(Path(adapter))
+    folder = None if adapter is None else adapter_folder(Path(adapter))
     found = load_tokenizer(source, tokenizer=tokenizer, data_dir=data_dir)  # first: it is quick to fail
     if source.folder is not None:
         model = load_checkpoint(source.folder, device, dtype)
@@ -97,8 +97,8 @@ def load(
         model = random_model(load_config(source), seed).to(device, dtype or torch.float32)
     model.name_or_path = source.name
     model.set_backend(backend)
-    if adapter is not None:
-        model = attach_adapter(model, Path(adapter))
+    if folder is not None:
+        model = attach_adapter(model, folder)
     return model.eval(), found
 
 
@@ -163,14 +163,11 @@ def model_type(name: str | os.PathLike[str]) -> str:
     source = resolve(name, weights=False)
     if source.folder is None:
         return "mamba"
-    path = source.folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path}: not valid JSON") from None
-    return str(values.get("model_type", "mamba")) if isinstance(values, dict) else "unknown"
+    path = config_file(source.folder)
+    found = read_json(path).get("model_type", "mamba")
+    if not isinstance(found, str) or not found:
+        raise UserError(f"{path}: model_type: expected the name of an architecture, got {found!r}")
+    return found
 
 
 def resolve(name: str | os.PathLike[str], *, weights: bool = True) -> Source:
@@ -184,6 +181,8 @@ def resolve(name: str | os.PathLike[str], *, weights: bool = True) -> Source:
         UserError: it means nothing; the message says what was tried.
     """
     text = os.fspath(name)
+    if not text:
+        raise UserError("model: expected tiny, a folder, a hub id or random:SIZE, got an empty name")
     if text.startswith("random:"):
         size = text.removeprefix("random:").lower()
         if size not in RANDOM_SIZES:

@@ -94,7 +94,7 @@ def test_generators_differ_by_seed_prompt_and_sample_only() -> None:
 
 
 def test_nan_logits_are_an_error() -> None:
-    with pytest.raises(FloatingPointError, match="NaN"):
+    with pytest.raises(UserError, match="NaN"):
         choose_tokens(torch.tensor([[0.0, torch.nan]]), SamplingParams(), [])
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import stat
+import warnings
 from pathlib import Path
 
 import pytest
@@ -160,17 +162,50 @@ class TestBrokenFolders:
         (folder / "model.safetensors").write_bytes(b"not a model at all")
         self.refused(folder, "model.safetensors: corrupt or truncated")
 
+    @pytest.mark.parametrize(
+        "content", [b"", bytes(1000), (2**60).to_bytes(8, "little") + b"{}", (9).to_bytes(8, "little") + b"{garbage}"]
+    )
+    def test_headers_that_are_no_headers(self, folder: Path, content: bytes) -> None:
+        (folder / "model.safetensors").write_bytes(content)
+        self.refused(folder, "model.safetensors: corrupt or truncated")
+
+    def test_a_pointer_of_git_lfs_is_known(self, folder: Path) -> None:
+        (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        self.refused(folder, "git lfs pull")
+
+    def test_weights_that_are_not_numbers(self, folder: Path) -> None:
+        name = "backbone.layers.0.mixer.in_proj.weight"
+        for value in (float("nan"), float("inf")):
+            self.rewrite(folder, lambda tensors, value=value: tensors[name].__setitem__((3, 4), value))
+            self.refused(folder, f"1 with NaN or infinity: {name}")
+
     def test_no_weights(self, folder: Path) -> None:
         (folder / "model.safetensors").unlink()
+        self.refused(folder, "no weights: expected model.safetensors")
+        (folder / "model.safetensors").mkdir()
         self.refused(folder, "no weights: expected model.safetensors")
 
     def test_no_config(self, folder: Path) -> None:
         (folder / "config.json").unlink()
-        self.refused(folder, "cannot read .*config.json")
+        self.refused(folder, "not a model folder, it has no config.json$")
+
+    def test_folders_of_ours_that_are_no_models_say_what_they_are(self, folder: Path, tmp_path: Path) -> None:
+        for name, message in (
+            ("adapter_config.json", "it is an adapter: give its base model, and this as --adapter"),
+            ("adapter/adapter_config.json", "it is a fine-tuning run: merge it, or give its base model and --adapter"),
+            ("model/config.json", "the model is in "),
+        ):
+            path = tmp_path / name.replace("/", "-") / name
+            path.parent.mkdir(parents=True)
+            path.write_text("{}")
+            self.refused(tmp_path / name.replace("/", "-"), message)
 
     def test_broken_config(self, folder: Path) -> None:
         (folder / "config.json").write_text("{")
         self.refused(folder, "config.json: not valid JSON")
+        (folder / "config.json").unlink()
+        (folder / "config.json").mkdir()
+        self.refused(folder, "it has no config.json")
 
     def test_missing_unknown_and_misshapen_parameters_are_all_named(self, folder: Path) -> None:
         def change(tensors: dict[str, torch.Tensor]) -> None:
@@ -220,9 +255,14 @@ class TestBrokenFolders:
                 return marker.touch, ()
 
         save(model_for_bytes(), tmp_path / "o", format="original")
-        torch.save({"weight": Bomb()}, tmp_path / "o" / "pytorch_model.bin")
+        path, tokenizer = tmp_path / "o" / "pytorch_model.bin", self.tokenizer_folder(tmp_path)
+        torch.save({"weight": Bomb()}, path)
         with pytest.raises(UserError, match="more than tensors"):
-            load(tmp_path / "o", tokenizer=self.tokenizer_folder(tmp_path))
+            load(tmp_path / "o", tokenizer=tokenizer)
+        path.write_bytes(pickle.dumps(Bomb()))
+        with warnings.catch_warnings(), pytest.raises(UserError, match="more than tensors"):
+            warnings.simplefilter("error")
+            load(tmp_path / "o", tokenizer=tokenizer)
         assert not marker.exists()
 
     def test_broken_pickles(self, tmp_path: Path) -> None:
@@ -231,8 +271,9 @@ class TestBrokenFolders:
         whole = path.read_bytes()
         for content in (whole[: len(whole) // 2], b"", b"junk" * 30):
             path.write_bytes(content)
-            with pytest.raises(UserError, match=r"pytorch_model\.bin: corrupt"):
+            with pytest.raises(UserError, match=r"pytorch_model\.bin: corrupt") as caught:
                 load(tmp_path / "o", tokenizer=tokenizer)
+            assert "weights_only=False" not in str(caught.value)  # torch's advice to run what is in the file
         torch.save([1, 2], path)
         with pytest.raises(UserError, match="expected a dict of tensors"):
             load(tmp_path / "o", tokenizer=tokenizer)

@@ -74,6 +74,11 @@ def test_transformers_reads_every_key_we_write() -> None:
     ("changes", "message"),
     [
         ({"model_type": "falcon_mamba"}, "expected a Mamba-1 model"),
+        ({"model_type": ["mamba"]}, "expected a Mamba-1 model"),
+        ({"hidden_size": -4}, "^config.json: model config: d_model: expected a positive integer, got -4$"),
+        ({"layer_norm_epsilon": float("nan")}, "norm_eps: expected a number above 0, got nan"),
+        ({"time_step_min": 0.0}, "dt_min: expected a number above 0, got 0.0"),
+        ({"eos_token_id": ["a"]}, "eos_token_id: expected a list of token ids"),
         ({"hidden_act": "gelu"}, "needs hidden_act 'silu' \\(got 'gelu'\\)"),
         ({"rms_norm": False}, "needs rms_norm True"),
         ({"quantization_config": {"bits": 4}}, "unknown key 'quantization_config'"),

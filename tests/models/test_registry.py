@@ -189,6 +189,10 @@ class TestAdapters:
         plain, _ = load("random:micro")
         assert error(plain(tokens(2, 5)).logits, self.attached) > 1e-3
 
+    def test_the_run_that_made_it_stands_for_it(self, adapter: Path) -> None:
+        model, _ = load("random:micro", adapter=adapter.parent)
+        assert torch.equal(model(input_ids=tokens(2, 5)).logits, self.attached)
+
     def test_of_another_width_is_refused(self, adapter: Path) -> None:
         with pytest.raises(
             UserError, match=r"made for random:micro, does not fit random:tiny: .* input width 256 here, 64 in"
@@ -204,8 +208,16 @@ class TestAdapters:
                 load(folder, adapter=adapter)
 
     def test_broken_folders_are_named(self, adapter: Path, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"missing adapter_config\.json, adapter_model\.safetensors"):
+        (tmp_path / "nothing").mkdir()
+        with pytest.raises(UserError, match=r"missing adapter_config\.json, adapter_model\.safetensors$"):
             load("random:micro", adapter=tmp_path / "nothing")
+        (tmp_path / "nothing" / "config.json").write_text("{}")
+        with pytest.raises(UserError, match="it holds a whole model, which is given as --model"):
+            load("random:micro", adapter=tmp_path / "nothing")
+        with pytest.raises(UserError, match="nowhere: no such folder"):
+            load("random:micro", adapter=tmp_path / "nowhere")
+        with pytest.raises(UserError, match="expected a PEFT adapter folder, got a file"):
+            load("random:micro", adapter=tmp_path / "nothing" / "config.json")
         weights = adapter / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-10])
         with pytest.raises(UserError, match=r"corrupt adapter_model\.safetensors"):
