@@ -59,8 +59,8 @@ def load_baseline(model: str, device: torch.device, dtype: torch.dtype, adapter:
     try:
         with _quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(name)
-            loaded: Any
-            loaded, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+            reader: Any = AutoModelForCausalLM  # its annotation leaves out that it returns two values here
+            loaded, found = reader.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except _UNREADABLE as error:
         raise UserError(f"transformers cannot load {model!r}: {' '.join(str(error).split())[:300]}") from None
     lacking = sorted(found["missing_keys"])

@@ -70,3 +70,31 @@ def test_a_folder_transformers_cannot_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="transformers cannot load") as caught:
         load_baseline(str(tmp_path), torch.device("cpu"), torch.float32, None)
     assert "\n" not in str(caught.value)
+
+
+def test_files_that_transformers_would_make_up_are_missed(checkpoint: Any, tmp_path: Path) -> None:
+    import shutil
+
+    import safetensors.torch
+    import torch
+
+    def refused(folder: Path, message: str, adapter: Path | None = None) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            load_baseline(str(folder), torch.device("cpu"), torch.float32, adapter)
+        assert "\n" not in str(caught.value)
+
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoint.folder, folder)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:500])
+    refused(folder, "transformers cannot load")
+    tensors = safetensors.torch.load(whole)
+    del tensors["backbone.layers.1.mixer.in_proj.weight"]
+    safetensors.torch.save_file(tensors, weights)
+    refused(folder, r"its files lack 1 weights: backbone\.layers\.1\.mixer\.in_proj\.weight")
+    weights.write_bytes(whole)
+    refused(folder, "nowhere: no such folder", tmp_path / "nowhere")
+    for file in folder.glob("token*"):
+        file.unlink()
+    refused(folder, "no tokenizer beside the model")
