@@ -134,10 +134,10 @@ def load_checkpoint(folder: Path, device: torch.device | str, dtype: torch.dtype
                 f"{folder}: {CONFIG_FILE} ties {_HEAD} to {_EMBEDDINGS}, but the stored values differ; "
                 f"set tie_word_embeddings (tie_embeddings) to false if the head is its own"
             )
-    _check_parameters(stored, _expected(config), folder)
-    dtype = dtype or stored[_EMBEDDINGS].dtype
     with torch.device("meta"):
         model = MambaLM(config)
+    _check_parameters(stored, {name: parameter.shape for name, parameter in model.named_parameters()}, folder)
+    dtype = dtype or stored[_EMBEDDINGS].dtype
     wide = torch.promote_types(dtype, torch.float32)
     for name in list(stored):
         stored[name] = stored[name].to(device, wide if keeps_float32(name) else dtype)

@@ -99,6 +99,15 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, added, self.weight, self.eps)
 
 
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` that draws nothing where there is no memory to draw into."""
+
+    def reset_parameters(self) -> None:
+        """Draw normal numbers, but not on the meta device: torch would import its compiler for that, in seconds."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class CausalConv1d(nn.Conv1d):
     """One causal filter of ``d_conv`` taps a channel, followed by SiLU; section 3.4 of the paper."""
 
@@ -242,7 +251,7 @@ class Backbone(nn.Module):
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
-        self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.embeddings = Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 

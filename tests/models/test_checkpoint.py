@@ -6,6 +6,8 @@ import json
 import pickle
 import shutil
 import stat
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -281,3 +283,16 @@ class TestBrokenFolders:
     def tokenizer_folder(self, tmp_path: Path) -> Path:
         byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
         return tmp_path / "tokenizer"
+
+
+def test_loading_leaves_torchs_compiler_alone(tmp_path: Path) -> None:
+    # Filling an embedding on the meta device would import torch._dynamo: two seconds and more at every start.
+    save(model_for_bytes(), tmp_path / "m", byte_tokenizer())
+    code = f"""
+import sys
+from mambacus.models.checkpoint import load_checkpoint
+load_checkpoint(__import__("pathlib").Path({str(tmp_path / "m")!r}), "cpu", None)
+assert "torch._dynamo" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
