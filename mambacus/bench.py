@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mambacus.runtime.config import opt, parse
-from mambacus.runtime.errors import UserError, suggest
+from mambacus.runtime.config import check, opt, parse
+from mambacus.runtime.errors import UserError
+from mambacus.runtime.outputs import claim_file
 from mambacus.runtime.records import Record, Stopwatch, write_record
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ WHAT: dict[str, tuple[str, ...]] = {
     "prefill": ("prefill",),
     "scan": (),
 }
+SIZES = ("micro", "tiny", "130m", "370m", "790m", "1.4b", "2.8b")
+DTYPES = ("float32", "bfloat16", "float16", "mixed")
 CPU_SHAPES = ((1, 1536, 1024), (1, 1536, 4096), (4, 1536, 512))  # of the scan alone: batch, d_inner, seqlen
 
 
@@ -35,38 +38,40 @@ class Config:
 
     what: str = opt(
         help="train (forward and backward) | decode (prefill and one-token steps) | prefill | scan (that op alone)",
+        choices=tuple(WHAT),
         positional=True,
     )
     out: Path = opt(help="the JSON record to write", metavar="FILE.json")
-    model: str = opt("130m", "published shape with random weights: 130m, 370m, 790m, 1.4b, 2.8b")
-    implementations: tuple[str, ...] = opt(("mambacus", "transformers"), "who is measured")
-    dtypes: tuple[str, ...] = opt(("float32",), "float32, bfloat16, mixed (float32 weights, bfloat16 autocast)")
-    batches: tuple[int, ...] = opt((1,), "rows")
-    seqlen: int = opt(1024, "tokens a row for prefill and train")
-    prompt: int = opt(16, "prompt tokens before decoding")
-    new_tokens: int = opt(32, "one-token steps in decoding")
-    repeats: int = opt(3, "counted runs of each case")
-    warmup: int = opt(1, "uncounted runs before them")
-    peer_repeats: int = opt(
-        0, "counted runs for peers when they are slow (0: as --repeats); with 1 they get no warm-up"
+    model: str = opt("130m", "published shape with random weights", choices=SIZES)
+    implementations: tuple[str, ...] = opt(
+        ("mambacus", "transformers"), "who is measured", choices=("mambacus", "transformers")
     )
-    peer_dtypes: tuple[str, ...] = opt((), "dtypes for peers (default: as --dtypes)")
-    threads: int = opt(0, "CPU threads (0: torch's default)")
+    dtypes: tuple[str, ...] = opt(
+        ("float32",), "float32, bfloat16, float16, mixed (float32 weights, bfloat16 autocast)", choices=DTYPES
+    )
+    batches: tuple[int, ...] = opt((1,), "rows", least=1)
+    seqlen: int = opt(1024, "tokens a row for prefill and train", least=1)
+    prompt: int = opt(16, "prompt tokens before decoding", least=1)
+    new_tokens: int = opt(32, "one-token steps in decoding", least=1)
+    repeats: int = opt(3, "counted runs of each case", least=1)
+    warmup: int = opt(1, "uncounted runs before them", least=0)
+    peer_repeats: int = opt(
+        0, "counted runs for peers when they are slow (0: as --repeats); with 1 they get no warm-up", least=0
+    )
+    peer_dtypes: tuple[str, ...] = opt((), "dtypes for peers (default: as --dtypes)", choices=DTYPES)
+    threads: int = opt(0, "CPU threads (0: torch's default)", least=0)
     device: str = opt("cpu", "cpu or cuda")
-    timeout: float = opt(1800.0, "seconds after which a case is given up and recorded so")
+    timeout: float = opt(1800.0, "seconds after which a case is given up and recorded so", above=0)
     shapes: tuple[str, ...] = opt((), "for scan: batch x d_inner x seqlen, such as 8x1536x2048 (default: by device)")
     label: str = opt("", "name of the machine or change, for reports")
+    overwrite: bool = opt(False, "replace an existing record")
 
 
 def plan(config: Config) -> Iterator[Case]:
     """Yield the cases in the order they run: implementations alternate within a shape."""
-    from mambacus.measuring.cases import IMPLEMENTATIONS, Case
+    from mambacus.measuring.cases import Case
 
-    if config.what not in WHAT:
-        raise UserError(f"expected one of {', '.join(WHAT)}, got {config.what!r}{suggest(config.what, WHAT)}")
-    for name in config.implementations:
-        if name not in IMPLEMENTATIONS:
-            raise UserError(f"--implementations: expected {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+    check(config)
     dtypes = [*config.dtypes, *(name for name in config.peer_dtypes if name not in config.dtypes)]
     for benchmark in WHAT[config.what]:
         for dtype in dtypes:
@@ -89,8 +94,10 @@ def run(config: Config) -> Record:
     """Measure every case of `plan` and write the record.
 
     Raises:
-        UserError: unknown benchmark or implementation, or a case that failed for another reason than memory or time.
+        UserError: a setting out of range, an existing record, or a case that failed for another reason than memory or
+            time.
     """
+    from rich.console import Console
     from rich.progress import Progress
 
     from mambacus.measuring.cases import measure
@@ -98,12 +105,14 @@ def run(config: Config) -> Record:
     from mambacus.runtime.device import resolve_device
 
     watch = Stopwatch()
+    check(config)
+    claim_file(config.out, overwrite=config.overwrite)
     device = resolve_device(config.device)
     if config.what == "scan":
         return _run_scan(config, watch, device)
     cases = list(plan(config))
     rows = []
-    with Progress() as progress:
+    with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("bench", total=len(cases))
         for case in cases:
             progress.update(task, description=case.title)

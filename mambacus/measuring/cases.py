@@ -87,4 +87,5 @@ def measure(case: Case, timeout_seconds: float) -> dict[str, Any]:
         return row | json.loads(last_line)
     if done.returncode == -9 or "out of memory" in done.stderr.lower():
         return row | {"error": "out of memory"}
-    raise UserError(f"{case.title}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    raise UserError(f"{case.title}: {last_line.removeprefix(f'{UserError.__module__}.UserError: ')}")

@@ -84,7 +84,8 @@ def check_writable(folder: Path, flag: str = "--out") -> None:
     """
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
-        raise UserError(f"{flag} {folder}: expected a folder, got {'a' if nearest == folder else 'the'} file {nearest}")
+        what = "expected a folder, got a file" if nearest == folder else f"{nearest} is a file, not a folder"
+        raise UserError(f"{flag} {folder}: {what}")
     try:
         with tempfile.TemporaryFile(dir=nearest):
             pass

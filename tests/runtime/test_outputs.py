@@ -61,8 +61,8 @@ def test_files_are_claimed_before_the_work(tmp_path):
     claim_file(tmp_path / "r.json", overwrite=True)
     with pytest.raises(UserError, match=r"--state .*: expected a file, got a folder"):
         claim_file(tmp_path, overwrite=True, flag="--state")
-    with pytest.raises(UserError, match=r"expected a folder, got a file .*r\.items\.jsonl"):
-        claim_file(tmp_path / "r.items.jsonl" / "r.json", overwrite=True)
+    with pytest.raises(UserError, match=r"r\.items\.jsonl is a file, not a folder"):
+        claim_file(tmp_path / "r.items.jsonl" / "deep" / "r.json", overwrite=True)
 
 
 def test_a_folder_that_refuses_files_is_named(tmp_path, monkeypatch):
