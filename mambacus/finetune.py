@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mambacus.runtime.config import opt, parse
+from mambacus.runtime.config import MOST_SEED, check, opt, parse
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Record, Stopwatch, read_record, write_record
 
@@ -30,23 +30,25 @@ class Config:
     out: Path = opt(help="folder for adapter or model, record, checkpoints and log", metavar="DIR")
     method: str = opt("lora", "lora or full")
     resume: bool = opt(False, "continue this run from its last checkpoint")
-    lr: float = opt(0.0, "peak learning rate (0: by method and model size)")
-    epochs: float = opt(3.0, "passes over the data")
-    max_steps: int = opt(0, "optimiser steps; above 0 it overrides --epochs")
-    batch_size: int = opt(32, "samples in one optimiser step")
-    grad_accum: int = opt(1, "parts a step is split into to save memory; the gradient stays the same")
-    max_length: int = opt(1024, "tokens of a sample; longer ones are dropped and counted")
-    pack_length: int = opt(-1, "tokens of a packed row; 0: one sample a row; -1: 2048, or --max-length if longer")
+    lr: float = opt(0.0, "peak learning rate (0: by method and model size)", least=0)
+    epochs: float = opt(3.0, "passes over the data", above=0)
+    max_steps: int = opt(0, "optimiser steps; above 0 it overrides --epochs", least=0)
+    batch_size: int = opt(32, "samples in one optimiser step", least=1)
+    grad_accum: int = opt(1, "parts a step is split into to save memory; the gradient stays the same", least=1)
+    max_length: int = opt(1024, "tokens of a sample; longer ones are dropped and counted", least=1)
+    pack_length: int = opt(
+        -1, "tokens of a packed row; 0: one sample a row; -1: 2048, or --max-length if longer", least=-1
+    )
     loss: str = opt("answer", "train on the answer alone or on the full text", choices=("answer", "full"))
-    rank: int = opt(16, "rank of the adapter")
-    alpha: float = opt(32.0, "the adapter is scaled by alpha / rank")
-    dropout: float = opt(0.05, "dropout probability at the adapter's input")
+    rank: int = opt(16, "rank of the adapter", least=1)
+    alpha: float = opt(32.0, "the adapter is scaled by alpha / rank", above=0)
+    dropout: float = opt(0.05, "dropout probability at the adapter's input", least=0, below=1)
     targets: tuple[str, ...] = opt(("in_proj", "out_proj"), "modules that get an adapter")
-    weight_decay: float = opt(0.01, "AdamW's, on matrices only; never on A_log, D, norms, biases")
-    seed: int = opt(0, "seed of order, dropout, adapter and generated data")
+    weight_decay: float = opt(0.01, "AdamW's, on matrices only; never on A_log, D, norms, biases", least=0)
+    seed: int = opt(0, "seed of order, dropout, adapter and generated data", least=0, most=MOST_SEED)
     device: str = opt("auto", "auto, cpu or cuda")
     dtype: str = opt("auto", "of the matrix products: auto, float32 or bfloat16; weights are float32")
-    save_every: int = opt(100, "steps between checkpoints")
+    save_every: int = opt(100, "steps between checkpoints", least=1)
     data_dir: Path | None = opt(None, "folder of the math sets", metavar="DIR")
 
 
@@ -121,22 +123,11 @@ def _check(config: Config) -> None:
         UserError: naming all faults at once.
     """
     faults = []
-    for name in ("batch_size", "grad_accum", "max_length", "rank", "save_every"):
-        if getattr(config, name) < 1:
-            faults.append(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(config, name)}")
-    for name in ("lr", "weight_decay", "alpha", "max_steps"):
-        if getattr(config, name) < 0:
-            faults.append(f"--{name.replace('_', '-')}: expected 0 or more, got {getattr(config, name)}")
-    if not config.max_steps and config.epochs <= 0:
-        faults.append(f"--epochs: expected more than 0, got {config.epochs}")
-    if not 0 <= config.dropout < 1:
-        faults.append(f"--dropout: expected 0 <= p < 1, got {config.dropout}")
-    if config.grad_accum > config.batch_size:
+    if config.grad_accum > max(1, config.batch_size):
         faults.append(f"--grad-accum {config.grad_accum}: more parts than --batch-size {config.batch_size} samples")
     if 0 < config.pack_length < config.max_length:
         faults.append(f"--pack-length {config.pack_length}: shorter than --max-length {config.max_length}")
-    if faults:
-        raise UserError("; ".join(faults))
+    check(config, *faults)
 
 
 def _usable(tokenizer: Any, model: str) -> Any:

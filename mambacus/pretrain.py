@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mambacus.data.sources import TEXT_FILES, text_files
-from mambacus.runtime.config import opt, parse
+from mambacus.runtime.config import MOST_SEED, check, opt, parse
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Record, Stopwatch, read_record, write_record
 
@@ -33,31 +33,31 @@ class Config:
     data_dir: Path = opt(help="folder with text/ (see mambacus/data/sources.py)", metavar="DIR")
     resume: bool = opt(False, "continue this run from its checkpoint")
     device: str = opt("auto", "auto, cpu or cuda")
-    d_model: int = opt(256, "width of the model")
-    n_layer: int = opt(8, "number of blocks")
-    d_state: int = opt(16, "numbers in the state of one channel")
-    vocab_size: int = opt(4096, "tokens of the tokenizer")
+    d_model: int = opt(256, "width of the model", least=1)
+    n_layer: int = opt(8, "number of blocks", least=1)
+    d_state: int = opt(16, "numbers in the state of one channel", least=1)
+    vocab_size: int = opt(4096, "tokens of the tokenizer, which are stored in 16 bits", least=258, most=65536)
     tokenizer: Path | None = opt(None, "tokenizer.json to use instead of training one", metavar="FILE")
-    steps: int = opt(10_000, "optimiser steps, unless --max-minutes ends the run before")
-    max_minutes: float = opt(0.0, "minutes of training after which the schedule is at its end (0: no limit)")
-    batch: int = opt(128, "rows of one step")
-    seqlen: int = opt(512, "tokens of a row")
-    lr: float = opt(3e-3, "peak learning rate")
-    weight_decay: float = opt(0.1, "AdamW's, on matrices only; never on A_log, D, norms, biases")
-    warmup: float = opt(0.02, "share of the run in which the rate rises")
-    decay: float = opt(0.4, "share of the run, at its end, in which the rate falls to 0")
-    clip: float = opt(1.0, "largest norm of the gradient")
-    text_weight: float = opt(0.4, "share of books and stories")
-    narratives_weight: float = opt(0.45, "share of generated stories with sums")
-    sums_weight: float = opt(0.15, "share of generated and rewritten sums")
-    narratives: int = opt(2_000_000, "stories to generate")
-    sum_sheets: int = opt(150_000, "sheets of sums to generate")
-    max_text_chars: int = opt(0, "read no more than this many characters of text (0: all)")
-    seed: int = opt(0, "seed of generated text, initial weights and batches")
-    workers: int = opt(0, "processes that make tokens (0: one a core)")
-    log_every: int = opt(50, "steps between log lines")
-    valid_every: int = opt(1_000, "steps between validations")
-    save_every: int = opt(1_000, "steps between checkpoints")
+    steps: int = opt(10_000, "optimiser steps, unless --max-minutes ends the run before", least=1)
+    max_minutes: float = opt(0.0, "minutes of training after which the schedule is at its end (0: no limit)", least=0)
+    batch: int = opt(128, "rows of one step", least=1)
+    seqlen: int = opt(512, "tokens of a row", least=1)
+    lr: float = opt(3e-3, "peak learning rate", above=0)
+    weight_decay: float = opt(0.1, "AdamW's, on matrices only; never on A_log, D, norms, biases", least=0)
+    warmup: float = opt(0.02, "share of the run in which the rate rises", least=0, most=1)
+    decay: float = opt(0.4, "share of the run, at its end, in which the rate falls to 0", least=0, most=1)
+    clip: float = opt(1.0, "largest norm of the gradient", above=0)
+    text_weight: float = opt(0.4, "share of books and stories", least=0)
+    narratives_weight: float = opt(0.45, "share of generated stories with sums", least=0)
+    sums_weight: float = opt(0.15, "share of generated and rewritten sums", least=0)
+    narratives: int = opt(2_000_000, "stories to generate", least=0)
+    sum_sheets: int = opt(150_000, "sheets of sums to generate", least=0)
+    max_text_chars: int = opt(0, "read no more than this many characters of text (0: all)", least=0)
+    seed: int = opt(0, "seed of generated text, initial weights and batches", least=0, most=MOST_SEED)
+    workers: int = opt(0, "processes that make tokens (0: one a core)", least=0)
+    log_every: int = opt(50, "steps between log lines", least=1)
+    valid_every: int = opt(1_000, "steps between validations", least=1)
+    save_every: int = opt(1_000, "steps between checkpoints", least=1)
     compile: bool = opt(False, "run the model through torch.compile")
 
 
@@ -122,26 +122,14 @@ def run(config: Config) -> Record:
 
 def _check(config: Config) -> None:
     """Check the settings, naming all faults at once, and that the text is there."""
-    faults = [
-        f"--{name.replace('_', '-')}: expected at least 1, got {getattr(config, name)}"
-        for name in ("steps", "batch", "seqlen", "log_every", "valid_every", "save_every", "d_model", "n_layer")
-        if getattr(config, name) < 1
-    ]
-    faults += [
-        f"--{name.replace('_', '-')}: expected 0 or more, got {getattr(config, name)}"
-        for name in ("max_minutes", "weight_decay", "text_weight", "narratives_weight", "sums_weight", "narratives")
-        if getattr(config, name) < 0
-    ]
-    if config.warmup < 0 or config.decay < 0 or config.warmup + config.decay > 1:
+    faults = []
+    if config.warmup + config.decay > 1:
         faults.append(
             f"--warmup and --decay: expected shares of at most 1 together, got {config.warmup}, {config.decay}"
         )
-    if config.vocab_size > 65_536:
-        faults.append(f"--vocab-size: expected at most 65536 (tokens are stored in 16 bits), got {config.vocab_size}")
-    if config.text_weight + config.narratives_weight + config.sums_weight <= 0:
+    if config.text_weight + config.narratives_weight + config.sums_weight == 0:
         faults.append("--text-weight, --narratives-weight, --sums-weight: expected one above 0")
-    if faults:
-        raise UserError("; ".join(faults))
+    check(config, *faults)
     for name in TEXT_FILES:
         text_files(config.data_dir, name)
 

@@ -147,12 +147,18 @@ def test_changed_data_is_another_run(config: Callable[..., finetune.Config], row
         (["--device", "cuda:77"], "--device cuda:77"),
         (
             ["--batch-size", "0", "--rank", "-1"],
-            "--batch-size: expected at least 1, got 0; --rank: expected at least 1",
+            "--batch-size: expected 1 or more, got 0; --rank: expected 1 or more, got -1",
         ),
         (["--grad-accum", "8"], "--grad-accum 8: more parts than --batch-size 4"),
         (["--pack-length", "9"], "--pack-length 9: shorter than --max-length 1024"),
         (["--dropout", "1"], "--dropout"),
-        (["--lr", "-1"], "--lr"),
+        (["--lr", "-1"], "--lr: expected 0 or more"),
+        (["--lr", "nan"], "--lr: expected 0 or more, got nan"),
+        (["--epochs", "inf"], "--epochs: expected more than 0, got inf"),
+        (["--alpha", "0"], "--alpha: expected more than 0"),
+        (["--seed", "-1"], "--seed: expected 0 or more and at most 4294967295"),
+        (["--seed", "9" * 30], "--seed: expected 0 or more and at most 4294967295"),
+        (["--out", "{file}/run"], "is a file, not a folder"),
         (["--max-steps", "0", "--epochs", "0"], "--epochs"),
         (["--max-length", "10"], "all 8 rows are longer"),
     ],
@@ -162,6 +168,7 @@ def test_what_a_user_can_get_wrong_is_one_line(
 ) -> None:
     given = ["--model", "random:micro", "--data", str(rows), "--batch-size", "4", "--device", "cpu"]
     given += ["--max-steps", "1", "--out", str(tmp_path / "run")]
+    flags = [flag.format(file=rows) for flag in flags]
     assert main(["finetune", *given, *flags]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("mambacus finetune: error: ")

@@ -334,7 +334,11 @@ def test_killed_run_resumes_to_the_same_model(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0, "batch": 0}, "--steps: expected at least 1, got 0; --batch"),
+        ({"steps": 0, "batch": 0}, "--steps: expected 1 or more, got 0; --batch: expected 1 or more, got 0"),
+        ({"lr": "nan"}, "--lr: expected more than 0, got nan"),
+        ({"vocab-size": 3}, "--vocab-size: expected 258 or more and at most 65536, got 3"),
+        ({"warmup": "nan"}, "--warmup: expected 0 or more and at most 1, got nan"),
+        ({"seed": -1}, "--seed: expected 0 or more"),
         ({"warmup": 0.8, "decay": 0.4}, "--warmup and --decay"),
         ({"vocab-size": 70000}, "at most 65536"),
         ({"text-weight": 0, "narratives-weight": 0, "sums-weight": 0}, "one above 0"),

@@ -66,7 +66,8 @@ def test_faults_are_one_line(tmp_path, capsys, flags, message):
 
 def test_a_record_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "r.json").write_text("precious")
-    for out, message in (("r.json", "add --overwrite"), (".", "expected a file"), ("r.json/x.json", "expected a folder")):
+    places = {"r.json": "add --overwrite", ".": "expected a file", "r.json/x.json": "expected a folder"}
+    for out, message in places.items():
         assert main(["bench", "train", "--model", "micro", "--out", str(tmp_path / out)]) == 2
         assert message in capsys.readouterr().err
     assert (tmp_path / "r.json").read_text() == "precious"
