@@ -22,7 +22,7 @@ class Config:
     """Flags of ``mambacus solve``."""
 
     model: str = opt(help="tiny, a model folder, a hub id or random:SIZE; any Hugging Face causal LM", metavar="M")
-    bench: tuple[str, ...] = opt(help="wordproblems, gsm8k, svamp, asdiv, mawps, gsm_hard, aqua", metavar="A,B")
+    bench: tuple[str, ...] = opt(help="wordproblems, wordproblems_reworded, wordproblems_novel, gsm8k, svamp, asdiv, mawps, gsm_hard, aqua", metavar="A,B")
     out: Path = opt(help="record to write; items go to <stem>.items.jsonl beside it", metavar="FILE.json")
     adapter: Path | None = opt(None, "folder of a PEFT adapter to attach", metavar="DIR")
     limit: int | None = opt(None, "problems of each bench; default: all, of wordproblems 1000", metavar="N")

@@ -4,9 +4,9 @@
 
 Three kinds: a *ledger* follows one count through events, a *comparison* sets two or three people side by side, and a
 *scene* is a template of one situation. A story reckons while it is told, at its end, or not at all.
-Scenes are the templates of ``texts/narratives.txt`` and those training templates of `wordproblems` that have the two
-statements: the situation is told and reckoned, and never asked about. No held-out template is told, and nothing holds
-the format of questions and answers.
+Scenes are the templates of ``texts/narratives.txt`` and those of the training and test problems of `wordproblems` that
+have the two statements: the situation is told and reckoned, and never asked about. The reworded and novel problems are
+not told, and nothing holds the format of questions and answers.
 """
 
 from __future__ import annotations
@@ -285,8 +285,8 @@ def _measured(story: _Story) -> str:
 
 @functools.cache
 def scenes() -> tuple[Template, ...]:
-    """Return the templates that are told as scenes: those with a goal and an outcome, held-out ones apart."""
-    return tuple(t for name in ("narratives", "train") for t in load_templates(name) if t.goal and t.close)
+    """Return the templates that are told as scenes: those with a goal and an outcome."""
+    return tuple(t for name in ("narratives", "train", "test") for t in load_templates(name) if t.goal and t.close)
 
 
 def _scene(rng: random.Random) -> str:

@@ -34,9 +34,9 @@ MATH_SPLITS: Mapping[str, tuple[str, ...]] = {
     "math": ("train", "test", "math500"),
     "tinygsm_sample": ("train",),
     "sft_mix": ("train",),
-    "wordproblems": ("train", "test"),
+    "wordproblems": wordproblems.SPLITS,
 }
-WORDPROBLEM_COUNTS = {"train": 8000, "test": 1000}
+WORDPROBLEM_COUNTS = {"train": 8000, "test": 1000, "reworded": 1000, "novel": 1000}
 
 TEXT_FILES: Mapping[str, tuple[str, ...]] = {
     "books_train": tuple(f"books_train_{part}.jsonl.gz" for part in range(1, 6)),
@@ -64,7 +64,7 @@ def math_file(data_dir: Path | None, name: str, split: str) -> Path:
 def load_math(data_dir: Path | None, name: str, split: str, *, seed: int = 0) -> list[MathProblem]:
     """Return the problems of one split of a math set, in file order.
 
-    ``wordproblems`` is generated (8000 train or 1000 test problems) and needs no folder.
+    ``wordproblems`` is generated (8000 training problems, 1000 of every other split) and needs no folder.
 
     Args:
         data_dir: the folder of ``--data-dir``; None is fine for ``wordproblems`` alone.

@@ -1,11 +1,14 @@
-"""Grade-school word problems of one to four steps, generated from a seed, with disjoint training and test wordings.
+"""Grade-school word problems of one to four steps, generated from a seed, with disjoint training and test templates.
 
 >>> generate(1, split="train", seed=0)[0].solution.splitlines()[-1]
 '#### 50'
 
-Every line of a solution but the last shows one equation (``12 - 5 = 7 apples``); the last is ``#### N``. The
-plans of the test templates (which operations follow each other) all occur among the training templates; their
-situations and sentences do not.
+Every line of a solution but the last shows one equation (``12 - 5 = 7 apples``); the last is ``#### N``. Three
+held-out splits share no sentence with the training templates, only plans (which operations follow each other):
+
+- ``test``: situations that the embedded model read as stories in pre-training (other numbers, never a question);
+- ``reworded``: situations it was told, in words it has not read;
+- ``novel``: situations it has not read of.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ STEP_WEIGHTS = {1: 0.35, 2: 0.35, 3: 0.18, 4: 0.12}
 DISTRACTOR_RATE = 0.15
 MAX_REPEATS = 1_000
 
-SPLITS = {"train": "train", "test": "heldout"}
+SPLITS = ("train", "test", "reworded", "novel")  # each a file of texts/
 
 DISTRACTORS: Mapping[str, tuple[str, ...]] = {
     "train": (
@@ -61,9 +64,9 @@ class WordProblem(MathProblem):
 
 
 def by_steps(split: str) -> dict[int, list[Template]]:
-    """Return the templates of ``train`` or ``test``, grouped by their number of steps."""
+    """Return the templates of a split (a key of `SPLITS`), grouped by their number of steps."""
     groups: dict[int, list[Template]] = {count: [] for count in STEP_WEIGHTS}
-    for template in load_templates(SPLITS[split]):
+    for template in load_templates(split):
         groups[len(template.steps)].append(template)
     return groups
 
@@ -75,7 +78,7 @@ def generate(n: int, split: str = "train", seed: int = 0, steps: int | None = No
 
     Args:
         n: number of problems.
-        split: ``train`` or ``test``; the two share no template.
+        split: ``train``, ``test``, ``reworded`` or ``novel``.
         seed: any integer; splits are independent at equal seeds.
         steps: only problems of this many steps (1 to 4); None mixes them by `STEP_WEIGHTS`.
 
@@ -83,7 +86,9 @@ def generate(n: int, split: str = "train", seed: int = 0, steps: int | None = No
         UserError: unknown split, ``steps`` outside 1 to 4, negative ``n``, or more problems than templates can give.
     """
     if split not in SPLITS:
-        raise UserError(f"wordproblems: split must be train or test, got {split!r}{suggest(split, SPLITS)}")
+        raise UserError(
+            f"wordproblems: split must be one of {', '.join(SPLITS)}, got {split!r}{suggest(split, SPLITS)}"
+        )
     if steps is not None and steps not in STEP_WEIGHTS:
         raise UserError(f"wordproblems: steps must be 1, 2, 3 or 4, got {steps}")
     if n < 0:
@@ -114,7 +119,7 @@ def _make(template: Template, split: str, identifier: str, rng: random.Random) -
     distractors: tuple[int, ...] = ()
     if "A" in template.people and rng.random() < DISTRACTOR_RATE:
         distractors = (rng.randint(2, 60),)
-        text = rng.choice(DISTRACTORS[split])
+        text = rng.choice(DISTRACTORS["train" if split == "train" else "test"])
         sentences.insert(0, text.format_map({**drawn.slots, "d": distractors[0]}))
     return WordProblem(
         id=identifier,

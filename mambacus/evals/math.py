@@ -23,14 +23,23 @@ VOTE_SUBSETS = 100  # random subsets that maj@k is averaged over
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Which split of a math set is solved, and whether its answers are option letters or numbers."""
+    """Which split of a math set is solved, and whether its answers are option letters or numbers.
+
+    Attributes:
+        split: one of the set's.
+        letters: the answer is the letter of an option.
+        source: the set (a key of `sources.MATH_SPLITS`), if it has another name than the bench.
+    """
 
     split: str
     letters: bool = False
+    source: str = ""
 
 
 BENCHES: Mapping[str, Bench] = {
     "wordproblems": Bench("test"),
+    "wordproblems_reworded": Bench("reworded", source="wordproblems"),
+    "wordproblems_novel": Bench("novel", source="wordproblems"),
     "gsm8k": Bench("test"),
     "svamp": Bench("test"),
     "asdiv": Bench("test_numeric"),
@@ -74,10 +83,11 @@ def load_problems(name: str, data_dir: Path | None, limit: int | None, seed: int
             f"--bench: unknown bench {name!r}: expected one of {', '.join(BENCHES)}{suggest(name, BENCHES)}"
         )
     problems: Sequence[MathProblem]
-    if name == "wordproblems":
-        problems = wordproblems.generate(limit or WORDPROBLEM_COUNTS["test"], BENCHES[name].split, seed)
+    source, split = BENCHES[name].source or name, BENCHES[name].split
+    if source == "wordproblems":
+        problems = wordproblems.generate(limit or WORDPROBLEM_COUNTS[split], split, seed)
     else:
-        problems = load_math(data_dir, name, BENCHES[name].split)[:limit]
+        problems = load_math(data_dir, source, split)[:limit]
     if not problems:
         raise UserError(f"--bench {name}: no problems")
     return list(problems)

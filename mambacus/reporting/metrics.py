@@ -26,6 +26,8 @@ class Task:
 
 TASKS = {
     "wordproblems": Task("Word problems", "math", ("accuracy",)),
+    "wordproblems_reworded": Task("Word problems, reworded", "math", ("accuracy",)),
+    "wordproblems_novel": Task("Word problems, new situations", "math", ("accuracy",)),
     "gsm8k": Task("GSM8K", "math", ("accuracy", "exact_match,strict-match", "exact_match,flexible-extract")),
     "svamp": Task("SVAMP", "math", ("accuracy",)),
     "asdiv": Task("ASDiv", "math", ("accuracy",)),

@@ -104,7 +104,8 @@ def notices(sources: Sequence[Source], studies: Sequence[dict[str, Any]]) -> tup
     found = [text for study in studies for text in study.get("substitutions", [])]
     limits: dict[int, list[int]] = {}
     for source in sources:
-        generated = source.record.config.get("bench") == ["wordproblems"]  # there --limit is the number made
+        benches = source.record.config.get("bench") or ("",)
+        generated = all(bench.startswith("wordproblems") for bench in benches)  # there --limit is the number made
         if source.record.kind in ("evaluate", "solve") and source.record.config.get("limit") and not generated:
             limits.setdefault(int(source.record.config["limit"]), []).append(source.number)
     for limit, numbers in limits.items():

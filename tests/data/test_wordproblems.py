@@ -20,7 +20,7 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 LINE = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+) (?P<unit>[a-z ]+)")
 
 
-@pytest.fixture(scope="module", params=["train", "test"])
+@pytest.fixture(scope="module", params=wordproblems.SPLITS)
 def problems(request: pytest.FixtureRequest) -> list[WordProblem]:
     return generate(3000, request.param, seed=3)
 
@@ -48,7 +48,7 @@ def test_equations_are_right_and_lead_to_the_answer(problems: list[WordProblem])
 
 
 def test_every_number_is_used_or_a_declared_distractor(problems: list[WordProblem]) -> None:
-    templates = {template.key: template for split in ("train", "heldout") for template in load_templates(split)}
+    templates = {template.key: template for split in wordproblems.SPLITS for template in load_templates(split)}
     for problem in problems:
         assert problem.solution is not None
         stated = [int(number) for number in re.findall(r"\d+", problem.question)]
@@ -108,7 +108,10 @@ def test_row_has_the_keys_of_the_training_files() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n": 1, "split": "tset"}, "split must be train or test, got 'tset'; did you mean 'test'"),
+        (
+            {"n": 1, "split": "tset"},
+            "split must be one of train, test, reworded, novel, got 'tset'; did you mean 'test'",
+        ),
         ({"n": 1, "steps": 5}, "steps must be 1, 2, 3 or 4, got 5"),
         ({"n": -1}, ">= 0, got -1"),
     ],
@@ -148,22 +151,22 @@ def _plan(template: Template) -> tuple[tuple[str, str, str], ...]:
 def test_enough_templates() -> None:
     assert sum(map(len, by_steps("train").values())) >= 400
     assert sum(map(len, by_steps("test").values())) >= 50
-    assert all(len(group) >= 8 for split in ("train", "test") for group in by_steps(split).values())
+    assert all(len(group) >= 8 for split in wordproblems.SPLITS for group in by_steps(split).values())
 
 
 def test_splits_share_no_sentence() -> None:
     train = set().union(*map(_sentences, load_templates("train")))
-    test = set().union(*map(_sentences, load_templates("heldout")))
-    assert not train & test
+    for name in wordproblems.SPLITS[1:]:
+        assert not train & set().union(*map(_sentences, load_templates(name)))
     assert not set(wordproblems.DISTRACTORS["train"]) & set(wordproblems.DISTRACTORS["test"])
 
 
 def test_heldout_plans_occur_in_training() -> None:
-    train, test = load_templates("train"), load_templates("heldout")
-    assert {_plan(t) for t in test} <= {_plan(t) for t in train}
+    train = {_plan(t) for t in load_templates("train")}
+    assert {_plan(t) for name in wordproblems.SPLITS[1:] for t in load_templates(name)} <= train
 
 
-@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("split", wordproblems.SPLITS)
 def test_templates_are_sound(split: str) -> None:
     templates = load_templates(split)
     assert len({template.key for template in templates}) == len(templates)
