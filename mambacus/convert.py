@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mambacus.runtime.config import opt, parse
-from mambacus.runtime.errors import UserError
+from mambacus.runtime.outputs import claim_empty
 from mambacus.runtime.records import Record, Stopwatch, write_record
 
 
@@ -38,8 +38,7 @@ def run(config: Config) -> Record:
     from mambacus.models import load, save
     from mambacus.runtime.device import resolve_dtype
 
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise UserError(f"--out {config.out}: expected a new or empty folder")
+    claim_empty(config.out)
     dtype = None if config.dtype == "stored" else resolve_dtype(config.dtype)
     model, tokenizer = load(config.model, "cpu", dtype, tokenizer=config.tokenizer, data_dir=config.data_dir)
     save(model, config.out, tokenizer, config.to)

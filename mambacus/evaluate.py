@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mambacus.runtime.config import opt, parse
+from mambacus.runtime.config import MOST_SEED, check, opt, parse
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.outputs import claim_file, items_path
 from mambacus.runtime.records import Record, Stopwatch, write_jsonl_atomic, write_record
@@ -25,18 +25,24 @@ class Config:
     tasks: tuple[str, ...] = opt(help="lm_eval task names, separated by commas", metavar="A,B")
     out: Path = opt(help="record to write; items go to <stem>.items.jsonl beside it", metavar="FILE.json")
     adapter: Path | None = opt(None, "folder of a PEFT adapter to attach", metavar="DIR")
-    num_fewshot: int | None = opt(None, "worked examples in the prompt; default: each task's own number", metavar="K")
-    limit: int | None = opt(None, "only the first so many documents of each task", metavar="N")
-    batch_size: int = opt(16, "contexts read in one pass")
-    max_length: int | None = opt(None, "longest input in tokens; default: 2048 for Mamba, the model's own for others")
+    num_fewshot: int | None = opt(
+        None, "worked examples in the prompt; default: each task's own number", least=0, metavar="K"
+    )
+    limit: int | None = opt(None, "only the first so many documents of each task", least=1, metavar="N")
+    batch_size: int = opt(16, "contexts read in one pass", least=1)
+    max_length: int | None = opt(
+        None, "longest input in tokens; default: 2048 for Mamba, the model's own for others", least=1
+    )
     data_dir: Path | None = opt(None, "read documents from the JSONL files in this folder, offline", metavar="DIR")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
-    dtype: str = opt("float32", "dtype of the weights: float32, bfloat16 or float16")
-    seed: int = opt(1234, "seed of the choice of worked examples; lm_eval's default is 1234")
+    dtype: str = opt("float32", "dtype of the weights", choices=("float32", "bfloat16", "float16"))
+    seed: int = opt(1234, "seed of the choice of worked examples; lm_eval's default is 1234", least=0, most=MOST_SEED)
     label: str | None = opt(None, "name of the model in reports; default: from --model and --adapter", metavar="NAME")
     implementation: str = opt("auto", "auto: ours for Mamba, else transformers", choices=("auto", "mambacus", "hf"))
     state_reuse: bool = opt(True, "read a context shared by several choices once and fork its state")
-    bootstrap_iters: int = opt(200, "resamples behind the standard errors of mcc and perplexity; lm_eval: 100000")
+    bootstrap_iters: int = opt(
+        200, "resamples behind the standard errors of mcc and perplexity; lm_eval: 100000", least=0
+    )
     overwrite: bool = opt(False, "replace an existing record")
 
 
@@ -46,7 +52,7 @@ def run(config: Config) -> Record:
     Raises:
         UserError: an existing output, an unknown task or model, missing data, an unknown device or dtype.
     """
-    _check(config)
+    check(config)
     claim_file(config.out, overwrite=config.overwrite)
     stopwatch = Stopwatch()
     from lm_eval import simple_evaluate
@@ -79,19 +85,6 @@ def run(config: Config) -> Record:
     record = stopwatch.record("evaluate", _label(config), config, results, items_file=items.name)
     write_record(config.out, record)
     return record
-
-
-def _check(config: Config) -> None:
-    for name, lowest in (
-        ("num_fewshot", 0),
-        ("limit", 1),
-        ("batch_size", 1),
-        ("max_length", 1),
-        ("bootstrap_iters", 0),
-    ):
-        value = getattr(config, name)
-        if value is not None and value < lowest:
-            raise UserError(f"--{name.replace('_', '-')}: expected {lowest} or more, got {value}")
 
 
 def _model(config: Config) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mambacus.runtime.config import opt, parse
 from mambacus.runtime.errors import UserError
+from mambacus.runtime.outputs import claim_file
 from mambacus.runtime.records import Record, Stopwatch, write_record
 
 
@@ -21,13 +22,13 @@ class Config:
     adapter: str | None = opt(None, help="PEFT adapter folder to attach", metavar="DIR")
     state: Path | None = opt(None, help="go on from this saved state", metavar="FILE")
     save_state: Path | None = opt(None, help="save the state after the completion here", metavar="FILE")
-    max_new_tokens: int = opt(64, help="length limit in tokens")
-    temperature: float = opt(0.0, help="0 takes the likeliest token")
-    top_k: int = opt(0, help="draw from the k likeliest tokens, 0 for all")
-    top_p: float = opt(1.0, help="draw from the likeliest tokens that sum to this probability")
-    min_p: float = opt(0.0, help="draw from tokens at least this fraction as likely as the likeliest")
-    repetition_penalty: float = opt(1.0, help="divide the logits of seen tokens by this")
-    n: int = opt(1, help="number of completions")
+    max_new_tokens: int = opt(64, help="length limit in tokens", least=1)
+    temperature: float = opt(0.0, help="0 takes the likeliest token", least=0)
+    top_k: int = opt(0, help="draw from the k likeliest tokens, 0 for all", least=0)
+    top_p: float = opt(1.0, help="draw from the likeliest tokens that sum to this probability", above=0, most=1)
+    min_p: float = opt(0.0, help="draw from tokens at least this fraction as likely as the likeliest", least=0, most=1)
+    repetition_penalty: float = opt(1.0, help="divide the logits of seen tokens by this", above=0)
+    n: int = opt(1, help="number of completions", least=1)
     stop: tuple[str, ...] = opt((), help=r"strings that end a completion; \n and \t are understood")
     seed: int = opt(0, help="seed of the draws")
     device: str = opt("auto", help="auto, cpu, cuda or cuda:N")
@@ -35,13 +36,15 @@ class Config:
     tokenizer: str | None = opt(None, help="tokenizer folder or file instead of the model's", metavar="PATH")
     data_dir: Path | None = opt(None, help="data folder with tokenizer/20B_tokenizer.json", metavar="DIR")
     out: Path | None = opt(None, help="write the record here", metavar="FILE.json")
+    overwrite: bool = opt(False, help="replace an existing record or state")
 
 
 def run(config: Config) -> Record:
     """Generate the completions; ``results`` holds them with token counts and speed.
 
     Raises:
-        UserError: no such model, adapter or state, a value out of range, or a state of another model.
+        UserError: no such model, adapter or state, a value out of range, a state of another model, a prompt that is not
+            text, or a file that exists.
     """
     watch = Stopwatch()
     from mambacus.inference import Engine, SamplingParams
@@ -56,6 +59,10 @@ def run(config: Config) -> Record:
     )  # fmt: skip
     if config.save_state and config.n > 1:
         raise UserError(f"--save-state keeps one state; it needs --n 1, got {config.n}")
+    for flag, path in (("--out", config.out), ("--save-state", config.save_state)):
+        if path is not None:
+            claim_file(path, overwrite=config.overwrite, flag=flag)
+    prompt = _prompt(config.prompt)
     state = None
     if config.state:
         state = MambaState.load(config.state)
@@ -65,7 +72,6 @@ def run(config: Config) -> Record:
     model, tokenizer = load(
         config.model, device, dtype, config.adapter, tokenizer=config.tokenizer, data_dir=config.data_dir
     )
-    prompt = sys.stdin.read().removesuffix("\n") if config.prompt == "-" else config.prompt
     engine = Engine(model, tokenizer)
     completions = engine.generate([prompt], params, state)[0]
     results = {
@@ -85,6 +91,20 @@ def run(config: Config) -> Record:
     if config.out:
         write_record(config.out, record)
     return record
+
+
+def _prompt(given: str) -> str:
+    """Return the prompt, read from standard input for ``-``.
+
+    Raises:
+        UserError: it is not UTF-8 text.
+    """
+    try:
+        text = sys.stdin.read().removesuffix("\n") if given == "-" else given
+        text.encode()  # an argument with foreign bytes holds lone surrogates, which no tokenizer takes
+    except UnicodeError:
+        raise UserError("--prompt: expected UTF-8 text, got other bytes") from None
+    return text
 
 
 def main(argv: Sequence[str]) -> None:

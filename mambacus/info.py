@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mambacus.runtime.config import opt, parse
+from mambacus.runtime.outputs import claim_file
 from mambacus.runtime.records import Record, Stopwatch, write_record
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Config:
     model: str = opt(help="tiny, a folder, a hub id or random:SIZE", positional=True, metavar="MODEL")
     device: str = opt("auto", help="device to choose kernels for: auto, cpu, cuda or cuda:N")
     out: Path | None = opt(None, help="write the record here", metavar="FILE.json")
+    overwrite: bool = opt(False, help="replace an existing record")
 
 
 def run(config: Config) -> Record:
@@ -33,13 +35,15 @@ def run(config: Config) -> Record:
     ``flops_per_token`` by part with ``total``; ``backends``, for each op its ``name`` and ``reason``; ``config``.
 
     Raises:
-        UserError: no such model, or not a Mamba-1 model.
+        UserError: no such model, not a Mamba-1 model, or an existing record.
     """
     watch = Stopwatch()
     from mambacus.models import MambaState, load_config
     from mambacus.ops.dispatch import choose_backend
     from mambacus.runtime.device import DTYPES, resolve_device
 
+    if config.out:
+        claim_file(config.out, overwrite=config.overwrite)
     device = resolve_device(config.device)
     shape = load_config(config.model)
     choices = {op: choose_backend(op, device, dtype=DTYPES["float32"]) for op in _OPS}

@@ -20,7 +20,11 @@ class Config:
     adapter: Path = opt(help="adapter folder, or the finetune run that made it", metavar="DIR")
     out: Path = opt(help="folder for the merged model", metavar="DIR")
     model: str = opt("", "the base model (default: the one the adapter names)")
-    dtype: str = opt("float32", "of the written weights; the merge itself is done in float32")
+    dtype: str = opt(
+        "float32",
+        "of the written weights; the merge itself is done in float32",
+        choices=("float32", "bfloat16", "float16"),
+    )
     device: str = opt("cpu", "where to merge and compare: cpu or cuda")
     data_dir: Path | None = opt(None, "folder that may hold the GPT-NeoX tokenizer", metavar="DIR")
 
@@ -35,7 +39,7 @@ def run(config: Config) -> Record:
 
     from mambacus.models import load, save
     from mambacus.runtime.device import resolve_device, resolve_dtype
-    from mambacus.runtime.outputs import claim_directory, fingerprint
+    from mambacus.runtime.outputs import claim_directory, claim_empty, fingerprint
     from mambacus.tuning.adapters import read_adapter, silent_about_ties
     from mambacus.tuning.merge import compare, gate, merge, prompt_logits
 
@@ -45,7 +49,7 @@ def run(config: Config) -> Record:
     if not base:
         raise UserError(f"--adapter {adapter.path}: names no base model; give --model")
     dtype, device = resolve_dtype(config.dtype), resolve_device(config.device)
-    _check_free(config.out)
+    claim_empty(config.out)
     with silent_about_ties():
         attached, tokenizer = load(base, device, torch.float32, adapter=adapter.path, data_dir=config.data_dir)
     if tokenizer is None:
@@ -62,16 +66,6 @@ def run(config: Config) -> Record:
     record = watch.record("merge", f"{Path(base).name} + {config.adapter.name}", config, results)
     write_record(config.out / RECORD, record)
     return record
-
-
-def _check_free(out: Path) -> None:
-    """Check before the long work that ``out`` holds nothing.
-
-    Raises:
-        UserError: it does.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out {out}: expected a new or empty folder, this one holds files; choose another")
 
 
 def main(argv: Sequence[str]) -> None:

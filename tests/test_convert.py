@@ -41,7 +41,11 @@ def test_the_dtype_is_kept_or_as_asked(tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    for out in (tmp_path, tmp_path / "notes.txt"):
+    for out, message in (
+        (tmp_path, "expected a new or empty folder"),
+        (tmp_path / "notes.txt", "expected a folder, got a file"),
+        (tmp_path / "notes.txt" / "model", "notes.txt is a file, not a folder"),
+    ):
         assert main(["convert", "--model", "random:micro", "--out", str(out)]) == 2
-        assert "expected a new or empty folder" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

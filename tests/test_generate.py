@@ -44,7 +44,7 @@ def test_a_saved_state_goes_on_where_the_text_ended(tmp_path: Path, capsys: pyte
     assert main([*first, "--save-state", str(state), "--out", str(record)]) == 0
     said = read_record(record).results["completions"][0]["token_ids"]
     assert MambaState.load(state).tokens.tolist() == [9 + 3]
-    again = ["generate", *MODEL, "--max-new-tokens", "6", "--out", str(record)]
+    again = ["generate", *MODEL, "--max-new-tokens", "6", "--out", str(record), "--overwrite"]
     assert main([*again, "--prompt", " four", "--state", str(state)]) == 0
     continued = read_record(record).results["completions"]
     text = "One, two," + _decode(said) + " four"
@@ -89,7 +89,10 @@ def test_stop_understands_escapes(capsys: pytest.CaptureFixture[str], monkeypatc
     ("flags", "message"),
     [
         (["--model", "nowhere/to/be"], "no such folder"),
-        (["--temperature", "-1"], "temperature: expected >= 0"),
+        (["--temperature", "-1"], "--temperature: expected 0 or more, got -1.0"),
+        (["--top-p", "nan"], "--top-p: expected more than 0 and at most 1, got nan"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: expected 1 or more, got 0"),
+        (["--prompt", "caf\udce9"], "--prompt: expected UTF-8 text"),
         (["--state", "missing.state"], "missing.state"),
         (["--adapter", "missing"], "--adapter missing: no such folder"),
         (["--save-state", "s", "--n", "2"], "--save-state keeps one state"),
@@ -104,6 +107,27 @@ def test_faults_are_one_line_and_exit_2(
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
     assert not list(tmp_path.iterdir())
+
+
+def test_bytes_that_are_no_text_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert main(["generate", *MODEL, "--prompt", "-"]) == 2
+    assert "--prompt: expected UTF-8 text, got other bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--out", "--save-state"])
+def test_no_file_is_overwritten_unasked(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "f").write_text("precious")
+    argv = ["generate", *MODEL, "--prompt", "A", "--max-new-tokens", "1"]
+    assert main([*argv, flag, str(tmp_path / "f")]) == 2
+    assert f"{flag} {tmp_path / 'f'}: exists already; add --overwrite" in capsys.readouterr().err
+    assert main([*argv, flag, str(tmp_path)]) == 2
+    assert f"{flag} {tmp_path}: expected a file, got a folder" in capsys.readouterr().err
+    assert (tmp_path / "f").read_text() == "precious"
+    assert main([*argv, flag, str(tmp_path / "f"), "--overwrite"]) == 0
+    assert (tmp_path / "f").read_bytes() != b"precious"
 
 
 def test_a_state_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

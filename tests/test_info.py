@@ -53,3 +53,16 @@ def test_faults_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected random:SIZE" in capsys.readouterr().err
     assert main(["info"]) == 2
     assert "missing MODEL" in capsys.readouterr().err
+    for device in ("gpu", "mps", "meta", "cpu:1", ""):
+        assert main(["info", "random:micro", "--device", device]) == 2
+        assert f"--device: expected auto, cpu, cuda or cuda:N, got {device!r}" in capsys.readouterr().err
+
+
+def test_a_record_is_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "info.json"
+    out.write_text("precious")
+    assert main(["info", "random:micro", "--out", str(out)]) == 2
+    assert "exists already; add --overwrite" in capsys.readouterr().err
+    assert out.read_text() == "precious"
+    assert main(["info", "random:micro", "--out", str(out), "--overwrite"]) == 0
+    assert read_record(out).kind == "info"
