@@ -39,7 +39,16 @@ class Config:
     seed: int = opt(1234, "seed of the choice of worked examples; lm_eval's default is 1234", least=0, most=MOST_SEED)
     label: str | None = opt(None, "name of the model in reports; default: from --model and --adapter", metavar="NAME")
     implementation: str = opt("auto", "auto: ours for Mamba, else transformers", choices=("auto", "mambacus", "hf"))
-    state_reuse: bool = opt(True, "read a context shared by several choices once and fork its state")
+    fewshot_sampler: str = opt(
+        "task",
+        "task: as the task says, mostly other examples for every document; first_n: the same first K for all",
+        choices=("task", "first_n"),
+    )
+    state_reuse: bool = opt(True, "read what choices and worked examples share once and fork its state")
+    state_memory: int = opt(1024, "most MiB of states of shared beginnings held at once", least=1, metavar="MIB")
+    cache: Path | None = opt(
+        None, "folder of answers found before: an interrupted run goes on where it was, a repeated one is quick"
+    )
     bootstrap_iters: int = opt(
         200, "resamples behind the standard errors of mcc and perplexity; lm_eval: 100000", least=0
     )
@@ -47,7 +56,7 @@ class Config:
 
 
 def run(config: Config) -> Record:
-    """Evaluate and write the record and its items.
+    """Evaluate and write the record and its items; of several processes launched together, the first does.
 
     Raises:
         UserError: an existing output, an unknown task or model, missing data, an unknown device or dtype.
@@ -57,12 +66,20 @@ def run(config: Config) -> Record:
     stopwatch = Stopwatch()
     from lm_eval import simple_evaluate
 
-    from mambacus.evals.catalogue import load_tasks
+    from mambacus.evals.catalogue import load_tasks, same_examples
+    from mambacus.evals.processes import Processes, summed
+    from mambacus.runtime.device import resolve_device
 
+    processes = Processes(resolve_device(config.device))
+    if config.limit is not None and config.limit < processes.count:
+        raise UserError(f"--limit {config.limit}: expected a document for each of {processes.count} processes")
     tasks, manager = load_tasks(config.tasks, config.data_dir)
-    model = _model(config)
+    if config.fewshot_sampler == "first_n":
+        same_examples(tasks)
+    model = processes.attach(_model(config, processes.device))
     found = simple_evaluate(
         model=model,
+        use_cache=_cache(config, model),
         tasks=tasks,
         task_manager=manager,
         num_fewshot=config.num_fewshot,
@@ -74,10 +91,15 @@ def run(config: Config) -> Record:
         torch_random_seed=config.seed,
         fewshot_random_seed=config.seed,
     )
+    counts = model.state_reuse_record() if hasattr(model, "state_reuse_record") else {"enabled": False}
+    all_counts = processes.gather(counts)
+    if found is None or all_counts is None:  # the first process writes
+        return stopwatch.record("evaluate", _label(config), config, {})
     results = {
         "tasks": _scores(found),
         "lm_eval": {key: value for key, value in found.items() if key not in ("samples", "pretty_env_info")},
-        "state_reuse": model.state_reuse_record() if hasattr(model, "state_reuse_record") else {"enabled": False},
+        "state_reuse": summed(all_counts),
+        "processes": processes.count,
         "fewshot_split": {task.config.task: _fewshot_split(task) for task in tasks if task.config.num_fewshot},
     }
     items = items_path(config.out)
@@ -87,12 +109,12 @@ def run(config: Config) -> Record:
     return record
 
 
-def _model(config: Config) -> Any:
+def _model(config: Config, device: Any) -> Any:
     """Return the lm_eval model: ours for Mamba, lm_eval's own ``hf`` for everything else."""
     from mambacus.evals.baselines import choose_implementation, load_baseline
-    from mambacus.runtime.device import resolve_device, resolve_dtype
+    from mambacus.runtime.device import resolve_dtype
 
-    device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
+    dtype = resolve_dtype(config.dtype)
     if choose_implementation(config.model, config.implementation) == "hf":
         from lm_eval.models.huggingface import HFLM
 
@@ -115,8 +137,20 @@ def _model(config: Config) -> Any:
         batch_size=config.batch_size,
         max_length=config.max_length or MAX_LENGTH,
         state_reuse=config.state_reuse,
+        state_bytes=config.state_memory * 2**20,
         seed=config.seed,
     )
+
+
+def _cache(config: Config, model: Any) -> str | None:
+    """Return the file of lm_eval's cache of answers, which adds the rank of the process to its name."""
+    if config.cache is None:
+        return None
+    from mambacus.evals.cache import cache_file, model_fingerprint
+
+    settings = {"implementation": type(model).__name__, "max_length": model.max_length}
+    fingerprint = model_fingerprint(model.model, model.tokenizer, settings)
+    return str(cache_file(config.cache, "evaluate", fingerprint))
 
 
 def _scores(found: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -153,7 +187,7 @@ def _items(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str,
             for metric in row["metrics"]:
                 value = row[metric]
                 metrics[_metric_name(metric, row["filter"])] = [value, 1] if metric in _PLAIN_LOGLIKELIHOODS else value
-        items += [{"task": task, "doc_id": doc_id, "metrics": metrics} for doc_id, metrics in documents.items()]
+        items += [{"task": task, "doc_id": doc_id, "metrics": documents[doc_id]} for doc_id in sorted(documents)]
     return items
 
 
@@ -177,6 +211,8 @@ def main(argv: Sequence[str]) -> None:
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # nothing is to be fetched: let nothing try
             os.environ.setdefault(name, "1")
     record = run(config)
+    if not record.results:
+        return
     for task, metrics in record.results["tasks"].items():
         for metric, score in metrics.items():
             stderr = "" if score["stderr"] is None else f" ± {float(score['stderr']):.4f}"

@@ -57,6 +57,19 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> tuple[list[Any], 
     return tasks, hub or local
 
 
+def same_examples(tasks: Sequence[Any]) -> None:
+    """Let every document of a task be asked with the same worked examples: the first of their split.
+
+    lm_eval's own ``first_n`` sampler; where the examples come from the documents asked, the asked one is left out.
+    """
+    from lm_eval.api.samplers import FirstNSampler
+
+    for task in tasks:
+        documents = task.fewshot_docs()
+        if documents is not None:
+            task.sampler = FirstNSampler(list(documents))
+
+
 def _unknown(names: Sequence[str], known: Sequence[str], data_dir: Path | None) -> str:
     message = f"--tasks: unknown task {', '.join(map(repr, names))}{suggest(names[0], known)}"
     if data_dir is None:

@@ -1,4 +1,4 @@
-"""Our models as an lm_eval model: the numbers of lm_eval's ``hf`` model, reading each shared context once.
+"""Our models as an lm_eval model: the numbers of lm_eval's ``hf`` model, reading what requests share once.
 
 Tokenisation, truncation and the windows of the rolling perplexity are lm_eval's: `TemplateLM` encodes context and
 continuation, `get_rolling_token_windows` cuts documents.
@@ -7,7 +7,7 @@ continuation, `get_rolling_token_windows` cuts documents.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -17,8 +17,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 from tqdm import tqdm
 
-from mambacus.evals.scoring import Counts, Scorer, Tokens
-from mambacus.inference import Engine, SamplingParams
+from mambacus.evals.generation import generate
+from mambacus.evals.prefixes import Tokens
+from mambacus.evals.scoring import STATE_BYTES, Counts, Pair, Score, Scorer
+from mambacus.inference import Completion, Engine, SamplingParams
 from mambacus.runtime.errors import UserError
 
 MAX_LENGTH = 2048  # lm_eval's default where a config names no length, as Mamba's do not
@@ -33,11 +35,13 @@ class MambacusLM(TemplateLM):
         tokenizer: its tokenizer (transformers), with an end-of-text token.
         batch_size: contexts, or whole requests, of one pass.
         max_length: longest input in tokens; longer ones are cut on the left as lm_eval does, and counted.
-        state_reuse: read a context shared by several continuations once and fork its state.
+        state_reuse: read a context, or a beginning of contexts, shared by several requests once and fork its state.
+        state_bytes: most bytes of states of shared beginnings held at once.
         seed: of sampled generation.
 
     Attributes:
-        counts: tokens read and saved so far.
+        counts: tokens read and saved so far, by scoring and in the prompts of generation.
+        prompt_tokens: tokens of the prompts of generation, each counted whole.
         truncated_requests: requests that were cut to ``max_length``.
 
     Raises:
@@ -52,6 +56,7 @@ class MambacusLM(TemplateLM):
         batch_size: int = 16,
         max_length: int = MAX_LENGTH,
         state_reuse: bool = True,
+        state_bytes: int = STATE_BYTES,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -64,7 +69,8 @@ class MambacusLM(TemplateLM):
         self.seed = seed
         self.counts = Counts()
         self.truncated_requests = 0
-        self._scorer = Scorer(model, batch_size, state_reuse, self.counts)
+        self.prompt_tokens = 0
+        self._scorer = Scorer(model, batch_size, state_reuse, self.counts, state_bytes)
         self._device = self._scorer.device
         self._engine = Engine(model, tokenizer, batch_size=batch_size)
         self._encode = functools.lru_cache(maxsize=4096)(self._encode_once)  # choices repeat their context
@@ -91,7 +97,7 @@ class MambacusLM(TemplateLM):
             "enabled": self._scorer.state_reuse,
             **self.counts.as_dict(),
             "truncated_requests": self.truncated_requests,
-            "prompt_tokens": self._engine.stats.prompt_tokens,
+            "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self._engine.stats.generated_tokens,
         }
 
@@ -111,13 +117,23 @@ class MambacusLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Score encoded requests (strings or None, context tokens, continuation tokens)."""
         pairs = [self._fit(context, continuation) for _, context, continuation in requests]
+        waiting: dict[Pair, list[int]] = {}
+        for index, pair in enumerate(pairs):
+            waiting.setdefault(pair, []).append(index)
         with tqdm(total=len(pairs), desc="loglikelihood", disable=disable_tqdm or None) as progress:
-            scores = self._scorer.score(pairs, progress.update)
-        answers = [(score.loglikelihood, score.is_greedy) for score in scores]
-        for (strings, _, _), answer in zip(requests, answers, strict=True):
-            if strings is not None:  # windows of a rolling request are stored with their document
-                self.cache_hook.add_partial("loglikelihood", strings, answer)
-        return answers
+
+            def done(scores: Mapping[Pair, Score]) -> None:
+                """Hand answers to lm_eval's cache as they come, so that an interrupted run loses little."""
+                for pair, score in scores.items():
+                    indices = waiting.pop(pair, [])
+                    progress.update(len(indices))
+                    for index in indices:
+                        if requests[index][0] is not None:  # a window of a rolling request is stored with its document
+                            answer = (score.loglikelihood, score.is_greedy)
+                            self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+
+            scores = self._scorer.score(pairs, done)
+        return [(score.loglikelihood, score.is_greedy) for score in scores]
 
     def _fit(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[Tokens, Tokens]:
         """Cut the context on the left so that at most ``max_length`` tokens are read."""
@@ -154,16 +170,14 @@ class MambacusLM(TemplateLM):
             by_settings.setdefault(repr(sorted(request.args[1].items())), []).append(index)
         texts = [""] * len(requests)
         for indices in by_settings.values():
-            settings = requests[indices[0]].args[1]
-            found = self._generate([requests[index].args[0] for index in indices], settings)
+            found = self._generate([requests[index] for index in indices])
             for index, text in zip(indices, found, strict=True):
                 texts[index] = text
-                self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return texts
 
-    def _generate(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
+    def _generate(self, requests: Sequence[Instance]) -> list[str]:
         """Generate with one task's settings; the text is cut by lm_eval's own code, so that it is cut alike."""
-        options: dict[str, Any] = dict(normalize_gen_kwargs(settings, MAX_GEN_TOKS))
+        options: dict[str, Any] = dict(normalize_gen_kwargs(requests[0].args[1], MAX_GEN_TOKS))
         eos = self.tokenizer.decode([self.eot_token_id])
         until = [stop for stop in handle_stop_sequences(options.pop("until"), eos=eos) if stop]
         new_tokens = options.pop("max_gen_toks")
@@ -177,10 +191,18 @@ class MambacusLM(TemplateLM):
         unknown = sorted(options.keys() - {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"})
         if unknown:
             raise UserError(f"generation_kwargs: {', '.join(unknown)}: not supported by this model")
-        prompts = [self.tok_encode(context) for context in contexts]
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
         self.truncated_requests += sum(len(prompt) > room for prompt in prompts)
+        prompts = [prompt[-room:] or self._engine.encode([]) for prompt in prompts]
+        self.prompt_tokens += sum(map(len, prompts))
         params = SamplingParams(max_new_tokens=new_tokens, stop=until, seed=self.seed, **options)
+        texts = [""] * len(requests)
+
+        def finished(number: int, completions: Sequence[Completion]) -> None:
+            text = self.tokenizer.decode(completions[0].token_ids, skip_special_tokens=True)
+            texts[number] = postprocess_generated_text(text, until, None)
+            self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
+
         with tqdm(total=len(prompts), desc="generate_until", disable=None) as progress:
-            found = self._engine.generate([prompt[-room:] for prompt in prompts], params, progress=progress.update)
-        texts = [self.tokenizer.decode(completion.token_ids, skip_special_tokens=True) for (completion,) in found]
-        return [postprocess_generated_text(text, until, None) for text in texts]
+            generate(self._engine, self._scorer, prompts, params, progress.update, finished)
+        return texts

@@ -1,26 +1,28 @@
-"""Log-likelihoods of continuations, reading a context that several continuations share only once.
+"""Log-likelihoods of continuations, reading what several requests share only once.
 
-The state after the context is forked over its continuations, which are then read from there. A continuation's first
-token is scored by the context's last logits, so a one-token continuation is never read at all.
+The state after a context is forked over its continuations, which are then read from there. A continuation's first
+token is scored by the context's last logits, so a one-token continuation is never read at all. Contexts that begin
+alike, with the same worked examples for instance, fork the state after their common beginning.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from mambacus.evals.prefixes import Fork, Tokens, shared_prefixes, walk
 from mambacus.models import MambaLM, MambaState
 
-Tokens = tuple[int, ...]
 ItemT = TypeVar("ItemT")
 LOGIT_BYTES = 256 * 2**20  # float32 logits held at once; long rows are read in steps that keep to it
 FORKS_PER_ROW = 4  # rows of one pass over continuations, as a multiple of the batch size
 # Padding, in tokens, that one pass may hold rather than be split in two: about what a pass costs besides its tokens.
 PADDING_PER_PASS = {"cpu": 64, "cuda": 2048}
+STATE_BYTES = 2**30  # of shared beginnings held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Score:
 
     loglikelihood: float
     is_greedy: bool
+
+
+Pair = tuple[Tokens, Tokens]  # context, continuation
+Done = Callable[[Mapping[Pair, Score]], object]
 
 
 @dataclasses.dataclass
@@ -41,6 +47,7 @@ class Counts:
         tokens_read: tokens that were read.
         tokens_padding: padding beside them.
         passes: calls of the model.
+        prefixes: beginnings shared by several contexts that were read once each.
     """
 
     requests: int = 0
@@ -48,6 +55,7 @@ class Counts:
     tokens_read: int = 0
     tokens_padding: int = 0
     passes: int = 0
+    prefixes: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """Return the counts with the tokens saved."""
@@ -74,9 +82,12 @@ class Scorer:
         batch_size: contexts, or whole requests, of one pass.
         state_reuse: read a shared context once; off, every request is read whole, for comparison.
         counts: is added to.
+        state_bytes: most bytes of states of shared beginnings held at once.
     """
 
-    def __init__(self, model: nn.Module, batch_size: int, state_reuse: bool, counts: Counts) -> None:
+    def __init__(
+        self, model: nn.Module, batch_size: int, state_reuse: bool, counts: Counts, state_bytes: int = STATE_BYTES
+    ) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         if not isinstance(base, MambaLM):
             raise TypeError(f"Scorer: expected a MambaLM, got a {type(base).__name__}")
@@ -86,16 +97,16 @@ class Scorer:
         self.batch_size = batch_size
         self.state_reuse = state_reuse
         self.counts = counts
+        self._budget = state_bytes
+        self._state_bytes = MambaState.zeros(base.config, dtype=base.dtype).nbytes
 
     @torch.inference_mode()
-    def score(
-        self, pairs: Sequence[tuple[Tokens, Tokens]], done: Callable[[int], object] = lambda n: None
-    ) -> list[Score]:
+    def score(self, pairs: Sequence[Pair], done: Done = lambda scores: None) -> list[Score]:
         """Return the score of each pair, in order.
 
         Args:
             pairs: context and continuation, at least one token each.
-            done: called with the number of pairs finished since the last call.
+            done: called with the scores found since the last call, by pair.
 
         Raises:
             ValueError: an empty context or continuation.
@@ -108,36 +119,83 @@ class Scorer:
         self.counts.requests += len(pairs)
         self.counts.tokens_naive += sum(len(context) + len(continuation) - 1 for context, continuation in pairs)
         if not self.state_reuse:
-            return self._score_whole(pairs, done)
-        shared: dict[Tokens, dict[Tokens, int]] = {}  # context -> continuation -> number of requests
+            return self._score_whole(pairs, _no_start(len(pairs)), done)
+        shared: dict[Tokens, dict[Tokens, None]] = {}  # context -> its continuations in order, each once
         for context, continuation in pairs:
-            requests = shared.setdefault(context, {})
-            requests[continuation] = requests.get(continuation, 0) + 1
-        lone = [(context, next(iter(requests))) for context, requests in shared.items() if len(requests) == 1]
-        forked = [context for context, requests in shared.items() if len(requests) > 1]
-        found = dict(zip(lone, self._score_whole(lone, lambda n: None), strict=True))
-        done(sum(shared[context][continuation] for context, continuation in lone))
-        for contexts in self._batches(forked, len, self.batch_size):
-            pending = [(context, continuation) for context in contexts for continuation in shared[context]]
-            found |= zip(pending, self._score_forked(contexts, pending), strict=True)
-            done(sum(shared[context][continuation] for context, continuation in pending))
+            shared.setdefault(context, {})[continuation] = None
+        contexts = [*shared]
+        found: dict[Pair, Score] = {}
+        for fork in self.forks(contexts):
+            found |= self._score_fork(fork, contexts, shared, done)
         return [found[pair] for pair in pairs]
 
-    def _score_whole(self, pairs: Sequence[tuple[Tokens, Tokens]], done: Callable[[int], object]) -> list[Score]:
-        """Read each request on its own, long ones first so that a batch holds rows of nearly equal length."""
-        rows = [_Row(context + continuation[:-1], continuation) for context, continuation in pairs]
-        scores: list[Score | None] = [None] * len(rows)
-        for indices in self._batches(range(len(rows)), lambda index: len(rows[index].tokens), self.batch_size):
-            for index, score in zip(indices, self._read([rows[index] for index in indices], None), strict=True):
-                scores[index] = score
-            done(len(indices))
-        return [score for score in scores if score is not None]
+    def forks(self, sequences: Sequence[Tokens]) -> Iterator[Fork]:
+        """Read the beginnings that ``sequences`` share; at least the last token of each is left to be read.
 
-    def _score_forked(self, contexts: Sequence[Tokens], pairs: Sequence[tuple[Tokens, Tokens]]) -> list[Score]:
-        """Read ``contexts`` (longest first) in one pass, then what follows the first token of each continuation."""
+        Args:
+            sequences: of at least one token each.
+
+        Yields:
+            Groups of sequences with the states they go on from; every sequence is in one group.
+        """
+        least_saving = PADDING_PER_PASS.get(self.device.type, PADDING_PER_PASS["cuda"])
+        root = shared_prefixes([sequence[:-1] for sequence in sequences], least_saving)
+        return walk(root, self._read_segments, self._state_bytes, self._budget)
+
+    @torch.no_grad()
+    def _read_segments(self, segments: Sequence[Tokens], state: MambaState | None) -> MambaState:
+        """Return the states after ``segments`` (longest first), each read from its row of ``state``."""
+        self.counts.prefixes += len(segments)
+        states = []
+        begin = 0
+        for batch in self._batches(segments, len, self.batch_size):  # sorting is stable: the batches are slices
+            rows = range(begin, begin + len(batch))
+            states.append(self._prefill(batch, None if state is None else state.select(rows))[1])
+            begin += len(batch)
+        return MambaState.cat(states)
+
+    def _score_fork(
+        self,
+        fork: Fork,
+        contexts: Sequence[Tokens],
+        shared: Mapping[Tokens, Mapping[Tokens, None]],
+        done: Done,
+    ) -> dict[Pair, Score]:
+        """Score all continuations of the contexts of one fork."""
+        start = {contexts[member]: row for row, member in enumerate(fork.members)}
+        lone = [(context, next(iter(shared[context]))) for context in start if len(shared[context]) == 1]
+        lone_fork = _part(fork, [start[context] for context, _ in lone])
+        found = dict(zip(lone, self._score_whole(lone, lone_fork, done), strict=True))
+        several = [context for context in start if len(shared[context]) > 1]
+        rest = {context: len(context) - fork.depths[place] for context, place in start.items()}
+        for batch in self._batches(several, rest.__getitem__, self.batch_size):
+            pending = [(context, continuation) for context in batch for continuation in shared[context]]
+            part = _part(fork, [start[context] for context in batch])
+            scores = dict(zip(pending, self._score_forked(batch, part, pending), strict=True))
+            found |= scores
+            done(scores)
+        return found
+
+    def _score_whole(self, pairs: Sequence[Pair], fork: Fork, done: Done) -> list[Score]:
+        """Read each request on its own, long ones first so that a batch holds rows of nearly equal length."""
+        rows = [
+            _Row((context + continuation[:-1])[depth:], continuation)
+            for (context, continuation), depth in zip(pairs, fork.depths, strict=True)
+        ]
+        scores: dict[int, Score] = {}
+        for indices in self._batches(range(len(rows)), lambda index: len(rows[index].tokens), self.batch_size):
+            state = None if fork.state is None else fork.state.select([fork.rows[index] for index in indices])
+            scores |= zip(indices, self._read([rows[index] for index in indices], state), strict=True)
+            done({pairs[index]: scores[index] for index in indices})
+        return [scores[index] for index in range(len(rows))]
+
+    def _score_forked(self, contexts: Sequence[Tokens], fork: Fork, pairs: Sequence[Pair]) -> list[Score]:
+        """Read ``contexts`` (longest rest first) in one pass, then what follows each continuation's first token."""
         position = {context: row for row, context in enumerate(contexts)}
         owners = [position[context] for context, _ in pairs]
-        logits, state = self._prefill(contexts)  # (contexts, vocabulary)
+        rests = [context[depth:] for context, depth in zip(contexts, fork.depths, strict=True)]
+        begun = None if fork.state is None else fork.state.select(fork.rows)
+        logits, state = self._prefill(rests, begun)  # (contexts, vocabulary)
         owner = torch.tensor(owners, device=logits.device)
         first = torch.tensor([continuation[0] for _, continuation in pairs], device=logits.device)
         log_probability = logits[owner, first] - logits.logsumexp(-1)[owner]
@@ -153,11 +211,11 @@ class Scorer:
                 )
         return scores
 
-    def _prefill(self, contexts: Sequence[Tokens]) -> tuple[Tensor, MambaState]:
-        """Return the logits after each context, (contexts, vocabulary), and the state there."""
+    def _prefill(self, contexts: Sequence[Tokens], state: MambaState | None) -> tuple[Tensor, MambaState]:
+        """Return the logits after each context, (contexts, vocabulary), and the state there; both follow ``state``."""
         input_ids, seq_idx = self._pad(contexts)
         last = torch.tensor([[len(context) - 1] for context in contexts], device=input_ids.device)
-        out = self.model(input_ids, seq_idx=seq_idx, logits_at=last)
+        out = self.model(input_ids, seq_idx=seq_idx, state=state, logits_at=last)
         self._count(contexts, input_ids)
         return out.logits[:, 0].float(), out.state
 
@@ -213,6 +271,21 @@ class Scorer:
         self.counts.tokens_read += read
         self.counts.tokens_padding += input_ids.numel() - read
         self.counts.passes += 1
+
+
+def _no_start(requests: int) -> Fork:
+    """Return the fork of requests that are read from their first token."""
+    return Fork([*range(requests)], [0] * requests, [0] * requests, None)
+
+
+def _part(fork: Fork, places: Sequence[int]) -> Fork:
+    """Return some of a fork's sequences, by their places in it."""
+    return Fork(
+        [fork.members[place] for place in places],
+        [fork.depths[place] for place in places],
+        [fork.rows[place] for place in places],
+        fork.state,
+    )
 
 
 def _scored(rows: Sequence[_Row], begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -124,6 +124,79 @@ def test_another_architecture_is_a_baseline(
         evaluate.run(config(folder, small_data, tmp_path / "s.json", implementation="mambacus"))
 
 
+def test_the_same_examples_for_every_document(checkpoint: Any, small_data: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tasks": ("arc_easy",), "num_fewshot": 2, "limit": 6, "max_length": 2048}
+    fixed = {"fewshot_sampler": "first_n"}
+    shared = evaluate.run(config(checkpoint.folder, small_data, tmp_path / "a.json", **options, **fixed))
+    whole = evaluate.run(
+        config(checkpoint.folder, small_data, tmp_path / "b.json", **options, **fixed, state_reuse=False)
+    )
+    assert shared.results["tasks"] == whole.results["tasks"]
+    assert shared.results["state_reuse"]["prefixes"] >= 1
+    drawn = evaluate.run(config(checkpoint.folder, small_data, tmp_path / "c.json", **options))
+    assert drawn.results["state_reuse"]["prefixes"] == 0
+    tokens = {name: run.results["state_reuse"]["tokens_read"] for name, run in (("shared", shared), ("drawn", drawn))}
+    assert tokens["shared"] * 2 < tokens["drawn"]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    checkpoint: Any, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mambacus.evals.scoring import Scorer
+
+    options: dict[str, Any] = {"tasks": ("arc_easy", "gsm8k"), "cache": tmp_path / "cache", "batch_size": 2}
+    plain = evaluate.run(config(checkpoint.folder, small_data, tmp_path / "a.json", tasks=options["tasks"]))
+    batches = []
+    read = Scorer._prefill
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        batches.append(1)
+        if len(batches) > 1:
+            raise KeyboardInterrupt
+        return read(self, *arguments)
+
+    monkeypatch.setattr(Scorer, "_prefill", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(config(checkpoint.folder, small_data, tmp_path / "b.json", **options))
+    monkeypatch.undo()
+    resumed = evaluate.run(config(checkpoint.folder, small_data, tmp_path / "b.json", **options))
+    assert resumed.results["tasks"] == plain.results["tasks"]
+    counts = [run.results["state_reuse"]["requests"] for run in (plain, resumed)]
+    assert 0 < counts[1] < counts[0]
+    again = evaluate.run(config(checkpoint.folder, small_data, tmp_path / "c.json", **options))
+    assert again.results["tasks"] == plain.results["tasks"]
+    assert again.results["state_reuse"]["requests"] == 0
+    other = evaluate.run(config(checkpoint.folder, small_data, tmp_path / "d.json", **options, max_length=300))
+    assert other.results["state_reuse"]["requests"] == counts[0]
+
+
+def test_two_processes_give_the_numbers_of_one(
+    ours: tuple[Path, Record], checkpoint: Any, small_data: Path, tmp_path: Path
+) -> None:
+    flags = [
+        "--model", str(checkpoint.folder), "--tasks", ",".join(TASKS), "--data-dir", str(small_data), "--limit", "3",
+        "--num-fewshot", "0", "--max-length", "512", "--bootstrap-iters", "20", "--device", "cpu",
+    ]  # fmt: skip
+    # --multi_gpu is accelerate's way to say "one process each"; --device cpu then decides what they run on
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    out = tmp_path / "two.json"
+    ended = subprocess.run(
+        [*launcher, "--main_process_port", "0", "-m", "mambacus", "evaluate", *flags, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found = read_record(out)
+    assert found.results["processes"] == 2
+    assert found.results["tasks"] == ours[1].results["tasks"]
+    items = [[item for _, item in read_jsonl(path.with_name(f"{path.stem}.items.jsonl"))] for path in (out, ours[0])]
+    assert [(item["task"], item["doc_id"]) for item in items[0]] == [
+        (item["task"], item["doc_id"]) for item in items[1]
+    ]
+    assert ended.stdout.count("record: ") == 1
+
+
 def run_cli(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     status = cli.main(["evaluate", *arguments])
     return status, capsys.readouterr().err

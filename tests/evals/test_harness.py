@@ -109,6 +109,23 @@ def test_greedy_generations_are_those_of_hf(checkpoint: Any, small_data: Path, b
     assert any(found)
 
 
+@pytest.mark.parametrize("state_bytes", [1, 2**30])
+def test_worked_examples_are_read_once_for_generation(checkpoint: Any, state_bytes: int) -> None:
+    settings = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
+    examples = [
+        "".join(f"Question: {n} + {n}\nAnswer: {2 * n}\n\n" for n in range(first, first + 4)) for first in (1, 5)
+    ]
+    prompts = [f"{examples[n % 2]}Question: {n} + 1\nAnswer:" for n in range(12)]
+    requests = [instance("generate_until", text, settings) for text in [*prompts, "Once"]]
+    lms = [our_lm(checkpoint, batch_size=4, state_reuse=reuse, state_bytes=state_bytes) for reuse in (True, False)]
+    shared, whole = (lm.generate_until(requests) for lm in lms)
+    assert shared == whole == reference_lm(checkpoint).generate_until(requests, disable_tqdm=True)
+    counts = lms[0].state_reuse_record()
+    assert counts["tokens_naive"] == counts["prompt_tokens"] == lms[1].counts.tokens_read
+    assert counts["tokens_naive"] > 3 * counts["tokens_read"]
+    assert lms[1].counts.prefixes == 0 < counts["prefixes"]
+
+
 def test_sampled_generation_repeats_with_its_seed(checkpoint: Any) -> None:
     requests = [instance("generate_until", "Once", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8})]
     texts = [our_lm(checkpoint, seed=seed).generate_until(requests) for seed in (3, 3, 4)]

@@ -82,12 +82,19 @@ def test_counts_say_what_was_read_and_saved(checkpoint: Any) -> None:
     assert whole.tokens_read == whole.tokens_naive == counts.tokens_naive
 
 
-def test_progress_counts_every_request_once(checkpoint: Any) -> None:
+def test_every_score_is_told_as_it_is_found(checkpoint: Any) -> None:
     pairs = draw_pairs(2)
     for state_reuse in (True, False):
+        told: list[tuple[Any, Score]] = []
         steps: list[int] = []
-        Scorer(checkpoint.model, 2, state_reuse, Counts()).score(pairs, steps.append)
-        assert sum(steps) == len(pairs)
+
+        def done(scores: Any, told: list[Any] = told, steps: list[int] = steps) -> None:
+            told.extend(scores.items())
+            steps.append(len(scores))
+
+        found = Scorer(checkpoint.model, 2, state_reuse, Counts()).score(pairs, done)
+        assert dict(told) == dict(zip(pairs, found, strict=True))
+        assert len(steps) > 2
 
 
 def test_no_requests_and_empty_requests(checkpoint: Any) -> None:
