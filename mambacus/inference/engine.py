@@ -1,74 +1,26 @@
-"""Batched generation from a Mamba model: read each prompt once, fork its state, decode rows until each is done."""
+"""Generation from a Mamba model: prompts in, completions out, as a whole or piece by piece."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import random
-import time
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mambacus.inference.sampling import SamplingParams, choose_tokens, generator_for
+from mambacus.inference.completion import Completion, Piece
+from mambacus.inference.decoder import Decoder
+from mambacus.inference.prefix_cache import PrefixCache
+from mambacus.inference.reading import Request, read_alone
+from mambacus.inference.sampling import SamplingParams
+from mambacus.inference.scheduler import Scheduler
+from mambacus.inference.stats import EngineStats
 from mambacus.models import MambaLM, MambaState
 from mambacus.runtime.errors import UserError
 
 Prompt = str | Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What followed a prompt.
-
-    Attributes:
-        text: the completion, cut before a stop string and without the end-of-text token; empty without a tokenizer.
-        token_ids: every generated token, also those of the stop string and the end-of-text token.
-        finish_reason: ``stop`` (a stop string), ``eos`` (the end-of-text token) or ``length`` (``max_new_tokens``).
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-
-
-@dataclasses.dataclass
-class EngineStats:
-    """What an engine has done since it was made.
-
-    Attributes:
-        prompt_tokens: tokens read in prefill.
-        generated_tokens: tokens chosen.
-        prefill_seconds: time spent reading prompts.
-        decode_seconds: time spent on everything after.
-    """
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Time spent in all."""
-        return self.prefill_seconds + self.decode_seconds
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens per second, reading of the prompts included; 0 before the first."""
-        return self.generated_tokens / self.seconds if self.seconds else 0.0
-
-
-@dataclasses.dataclass
-class _Row:
-    """One completion in the making."""
-
-    prompt: int  # number of its prompt
-    random: random.Random
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    done: Completion | None = None
 
 
 class Engine:
@@ -78,14 +30,25 @@ class Engine:
         model: a `MambaLM`, or a ``peft.PeftModel`` around one.
         tokenizer: a transformers tokenizer; None if all prompts are token ids and no stop strings are used.
         batch_size: most rows decoded at once.
-        prefill_tokens: most tokens read in one forward pass; longer prompts are read in chunks.
+        prefill_tokens: most tokens read in one forward pass; longer prompts are read in chunks, so that the memory for
+            reading does not grow with the prompt.
+        prefix_cache_bytes: remember so many bytes of states, so that prompts which begin as earlier ones did are read
+            from there; 0 remembers nothing.
 
     Attributes:
         stats: `EngineStats`, counted over all calls.
+        prefix_cache: the states that are remembered, or None.
+        on_read: called with the number of prompt tokens that each pass has read, for progress bars.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any = None, *, batch_size: int = 16, prefill_tokens: int = 4096
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        batch_size: int = 16,
+        prefill_tokens: int = 4096,
+        prefix_cache_bytes: int = 0,
     ) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         if not isinstance(base, MambaLM):
@@ -96,25 +59,30 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.prefill_tokens = batch_size, prefill_tokens
         self.stats = EngineStats()
+        self.prefix_cache = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
+        self.on_read: Callable[[int], None] | None = None
         self._base = base
         self._eos = _eos_ids(base, tokenizer)
+        self._decoder: Decoder | None = None  # kept between calls with its memory and graphs
 
     def generate(
         self,
         prompts: Sequence[Prompt],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         state: MambaState | None = None,
         *,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
+        keep_state: bool = False,
     ) -> list[list[Completion]]:
         """Complete each prompt ``params.n`` times.
 
         Args:
             prompts: texts, tokenized without added special tokens, or lists of token ids. An empty prompt starts a new
                 document; after a ``state`` it is refused, since a state holds no logits.
-            params: how to choose tokens; greedy by default.
+            params: how to choose tokens, for all prompts or for each; greedy by default.
             state: every prompt goes on from it: one row for all, or one row for each.
             progress: called with the number of prompts just finished.
+            keep_state: completions carry their state.
 
         Returns:
             For each prompt, in order, its completions. They do not depend on the other prompts or on ``batch_size``,
@@ -123,31 +91,67 @@ class Engine:
         Raises:
             UserError: a text without a tokenizer, an empty prompt after a state, a state of another model.
         """
-        params = params or SamplingParams()
+        requests = self.requests(prompts, params, state, keep_state=keep_state)
+        finished: list[list[Completion | None]] = [[None] * request.params.n for request in requests]
+        left = [request.params.n for request in requests]
+        for piece in self._run(sorted(requests, key=lambda request: -len(request.ids))):  # little is padded then
+            if piece.error is not None:
+                raise UserError(piece.error)
+            finished[piece.prompt][piece.sample] = piece.completion
+            left[piece.prompt] -= 1
+            if progress is not None and not left[piece.prompt]:
+                progress(1)
+        return [[completion for completion in row if completion is not None] for row in finished]
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        state: MambaState | None = None,
+        *,
+        keep_state: bool = False,
+    ) -> Iterator[Piece]:
+        """Yield the pieces of all completions as they come; the arguments are those of `generate`.
+
+        Closing the iterator gives up what is not finished.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        requests = self.requests(prompts, params, state, keep_state=keep_state, stream=True)
+        return self._run(requests)
+
+    def requests(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        state: MambaState | None = None,
+        *,
+        stream: bool = False,
+        keep_state: bool = False,
+    ) -> list[Request]:
+        """Return what `Scheduler.submit` takes, checked, one for each prompt; the arguments are those of `generate`."""
         if isinstance(prompts, str):
             raise TypeError("prompts: expected a list of prompts, got one string")
-        if params.stop and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer")
         ids = [self.encode(prompt, continues=state is not None) for prompt in prompts]
-        state = self._place(state, len(ids)) if state is not None else None
-        finished: list[list[Completion]] = [[] for _ in ids]
-        with torch.no_grad(), self._evaluating():
-            for group in _groups(ids, max(1, self.batch_size // params.n)):
-                logits, after = self._prefill([ids[i] for i in group], _rows_of(state, group))
-                rows = [_Row(i, generator_for(params.seed, ids[i], j)) for i in group for j in range(params.n)]
-                seen = self._seen([ids[i] for i in group], params)
-                for start in range(0, len(rows), self.batch_size):
-                    part = range(start, min(start + self.batch_size, len(rows)))
-                    sources = torch.tensor([k // params.n for k in part], device=logits.device)
-                    fork = after if len(part) == len(rows) and params.n == 1 else after.select(sources)
-                    marks = None if seen is None else seen[sources]
-                    self._decode([rows[k] for k in part], logits[sources], fork, marks, params)
-                for row in rows:
-                    assert row.done is not None
-                    finished[row.prompt].append(row.done)
-                if progress is not None:
-                    progress(len(group))
-        return finished
+        every = _for_each(params or SamplingParams(), len(ids))
+        for one in every:
+            self._check(one)
+        state = self._fit(state, len(ids)) if state is not None else None
+        rows = [None if state is None else state.narrow(i if state.batch > 1 else 0, 1) for i in range(len(ids))]
+        return [
+            Request(ids[i], every[i], i, rows[i], stream=stream, keep_state=keep_state) for i in range(len(ids))
+        ]  # fmt: skip
+
+    def scheduler(self) -> Scheduler:
+        """Return what runs requests step by step, as a server needs it; it has rows of its own."""
+        decoder, self._decoder = self._decoder or Decoder(self.model, self._base, self.batch_size), None
+        scheduler = Scheduler(
+            self.model, self._base, decoder, self.tokenizer, self._eos, self.prefill_tokens, self.prefix_cache,
+            self.stats,
+        )  # fmt: skip
+        scheduler.on_read = self.on_read
+        return scheduler
 
     def prefill(self, prompt: Prompt, state: MambaState | None = None) -> MambaState:
         """Return the state after ``prompt``, read from the start of a document or after ``state`` (one row).
@@ -156,8 +160,15 @@ class Engine:
         text is cut can change how it is tokenized.
         """
         ids = self.encode(prompt, continues=state is not None)
+        state = self._fit(state, 1) if state is not None else None
         with torch.no_grad(), self._evaluating():
-            return self._prefill([ids], self._place(state, 1) if state is not None else None)[1]
+            for count, after in read_alone(self.model, self._base, ids, state, self.prefill_tokens):
+                state = after
+                self.stats.prompt_tokens += count
+                if self.on_read is not None:
+                    self.on_read(count)
+        assert state is not None
+        return state
 
     def encode(self, prompt: Prompt, *, continues: bool = False) -> list[int]:
         """Return the token ids of a prompt; an empty one that does not continue a state starts a document."""
@@ -183,7 +194,15 @@ class Engine:
             raise UserError("an empty prompt needs a model with a token that starts a document (bos_token_id)")
         return [start]
 
-    def _place(self, state: MambaState, prompts: int) -> MambaState:
+    def _check(self, params: SamplingParams) -> None:
+        if params.stop and self.tokenizer is None:
+            raise UserError("stop strings need a tokenizer")
+        size = self._base.config.padded_vocab_size
+        wrong = next((token for token in params.logit_bias if not 0 <= token < size), None)
+        if wrong is not None:
+            raise UserError(f"logit_bias: token id {wrong}: the model's vocabulary has {size} tokens")
+
+    def _fit(self, state: MambaState, prompts: int) -> MambaState:
         misfit = state.fits(self._base.config)
         if misfit is None and state.batch not in (1, prompts):
             misfit = f"expected 1 row or {prompts}, one for each prompt, got {state.batch}"
@@ -191,116 +210,39 @@ class Engine:
             raise UserError(f"the state does not fit the model: {misfit}")
         return state.to(self._base.device, self._base.dtype)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], state: MambaState | None) -> tuple[Tensor, MambaState]:
-        """Read prompts, longest first; return the logits after each (rows, vocabulary) and the state.
-
-        The batch is read in chunks of columns. A prompt that ends is padded on the right to its chunk's end and then
-        leaves the batch; as the prompts get shorter, those are always the last rows.
-        """
-        began = time.perf_counter()
-        lengths = [len(prompt) for prompt in prompts]
-        width = max(1, self.prefill_tokens // len(prompts))
-        logits, states = [], []
-        for start in range(0, lengths[0], width):
-            active = sum(length > start for length in lengths)
-            parts = [list(prompt[start : start + width]) for prompt in prompts[:active]]
-            out = self.model(**self._pad(parts), state=state)
-            staying = sum(length > start + width for length in lengths)
-            logits.append(out.logits[staying:, 0])
-            ended = range(staying, active)
-            states.append(out.state if not staying else out.state.select(ended))
-            state = out.state.select(range(staying)) if staying else None
-        self.stats.prompt_tokens += sum(lengths)
-        result = torch.cat(logits[::-1]), states[0] if len(states) == 1 else MambaState.cat(states[::-1])
-        self._synchronize()
-        self.stats.prefill_seconds += time.perf_counter() - began
-        return result
-
-    def _pad(self, parts: Sequence[list[int]]) -> dict[str, Tensor | None]:
-        """Return the inputs for rows of tokens padded on the right, and the position of each row's last token."""
-        device, width = self._base.device, max(map(len, parts))
-        ragged = min(map(len, parts)) < width
-        return {
-            "input_ids": torch.tensor([part + [0] * (width - len(part)) for part in parts], device=device),
-            "seq_idx": torch.tensor(
-                [[0] * len(part) + [-1] * (width - len(part)) for part in parts], dtype=torch.int32, device=device
-            )
-            if ragged
-            else None,
-            "logits_at": torch.tensor([[len(part) - 1] for part in parts], device=device),
-        }
-
-    def _decode(
-        self, rows: list[_Row], logits: Tensor, state: MambaState, seen: Tensor | None, params: SamplingParams
-    ) -> None:
-        """Choose tokens until every row is done; rows that are done leave the batch."""
-        began = time.perf_counter()
-        while True:
-            draws = [row.random.random() for row in rows] if params.temperature else []
-            tokens = choose_tokens(logits, params, draws, seen)
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                row.token_ids.append(token)
-                row.done = self._finish(row.token_ids, params)
-            self.stats.generated_tokens += len(rows)
-            alive = [k for k, row in enumerate(rows) if row.done is None]
-            if not alive:
-                break
-            if seen is not None:
-                seen.scatter_(1, tokens[:, None], True)
-            if len(alive) < len(rows):
-                index = torch.tensor(alive, device=tokens.device)
-                rows, tokens, state = [rows[k] for k in alive], tokens[index], state.select(index)
-                seen = None if seen is None else seen[index]
-            out = self.model(input_ids=tokens[:, None], state=state, reuse_state=True)
-            logits, state = out.logits[:, 0], out.state
-        self.stats.decode_seconds += time.perf_counter() - began
-
-    def _finish(self, token_ids: list[int], params: SamplingParams) -> Completion | None:
-        """Return the completion if its last token ends it."""
-        if token_ids[-1] in self._eos and not params.ignore_eos:
-            return Completion(self._text(token_ids[:-1]), token_ids, "eos")
-        if params.stop:
-            # A stop string of b bytes ends within the last token, so it begins within the last b; a few more make
-            # up for tokenizers that treat the first token of a text differently.
-            window = max(len(stop.encode()) for stop in params.stop) + 4
-            tail = self._text(token_ids[-window:])
-            if any(stop in tail for stop in params.stop):
-                text = self._text(token_ids)
-                cuts = [text.find(stop) for stop in params.stop if stop in text]
-                if cuts:
-                    return Completion(text[: min(cuts)], token_ids, "stop")
-        if len(token_ids) == params.max_new_tokens:
-            return Completion(self._text(token_ids), token_ids, "length")
-        return None
-
-    def _text(self, token_ids: list[int]) -> str:
-        if self.tokenizer is None:
-            return ""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _seen(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Tensor | None:
-        """Return which tokens each prompt holds, bool (prompts, vocabulary), if ``repetition_penalty`` asks for it."""
-        if params.repetition_penalty == 1.0:
-            return None
-        seen = torch.zeros(len(prompts), self._base.config.padded_vocab_size, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            seen[row, list(prompt)] = True
-        return seen.to(self._base.device)
-
-    def _synchronize(self) -> None:
-        """Wait for the device, so that times are those of the work; choosing a token waits anyway."""
-        if self._base.device.type == "cuda":
-            torch.cuda.synchronize(self._base.device)
+    def _run(self, requests: Sequence[Request]) -> Iterator[Piece]:
+        """Yield the pieces of all requests; if the caller stops listening, they are given up."""
+        scheduler = self.scheduler()
+        try:
+            for request in requests:
+                scheduler.submit(request)
+            while scheduler.active or scheduler.waiting:
+                with self._evaluating():
+                    pieces = scheduler.step()
+                yield from pieces
+        finally:
+            self._decoder = scheduler.decoder
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Switch dropout off for a while."""
-        training = self.model.training
+        if not self.model.training:
+            yield
+            return
         self.model.eval()
         try:
             yield
         finally:
-            self.model.train(training)
+            self.model.train()
+
+
+def _for_each(params: SamplingParams | Sequence[SamplingParams], prompts: int) -> list[SamplingParams]:
+    """Return one set of parameters for each prompt."""
+    if isinstance(params, SamplingParams):
+        return list(itertools.repeat(params, prompts))
+    if len(params) != prompts:
+        raise UserError(f"params: expected one or {prompts}, one for each prompt, got {len(params)}")
+    return list(params)
 
 
 def _eos_ids(model: MambaLM, tokenizer: Any) -> set[int]:
@@ -310,17 +252,3 @@ def _eos_ids(model: MambaLM, tokenizer: Any) -> set[int]:
     if eos is None:
         return set()
     return set(eos) if isinstance(eos, list) else {eos}
-
-
-def _groups(ids: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Yield numbers of prompts in groups of ``size``, longest prompt first, so that little is padded."""
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
-def _rows_of(state: MambaState | None, prompts: Sequence[int]) -> MambaState | None:
-    """Return the rows of ``state`` for these prompts: a single row is every prompt's."""
-    if state is None:
-        return None
-    return state.fork(len(prompts)) if state.batch == 1 else state.select(prompts)

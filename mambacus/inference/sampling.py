@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +32,10 @@ class SamplingParams:
         seed: of the draws. A completion depends on it, the prompt's tokens and its number among the n, and on nothing
             else, so a repeated prompt gets the same completions again.
         ignore_eos: go on after the end-of-text token (for measurements).
+        logit_bias: added to the logits of these token ids before anything else.
+        logprobs: keep the log-probability of every chosen token and of so many of the likeliest ones, from the model's
+            own distribution (before bias, penalty and temperature); None keeps nothing.
+        prompt_logprobs: keep the same of every prompt token but the first.
 
     Raises:
         UserError: a value out of range.
@@ -46,10 +51,14 @@ class SamplingParams:
     stop: Sequence[str] = ()
     seed: int = 0
     ignore_eos: bool = False
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "logit_bias", {int(token): float(bias) for token, bias in self.logit_bias.items()})
         for name, good, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, ">= 1"),
             ("temperature", 0 <= self.temperature < float("inf"), ">= 0"),
@@ -59,9 +68,17 @@ class SamplingParams:
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "> 0"),
             ("n", self.n >= 1, ">= 1"),
             ("stop", all(stop), "non-empty strings"),
+            ("logit_bias", all(map(math.isfinite, self.logit_bias.values())), "finite numbers"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, ">= 0"),
         ):
             if not good:
                 raise UserError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def rule(self) -> tuple[object, ...]:
+        """What decides how a row's token is chosen: rows of one rule are chosen together."""
+        bias = tuple(sorted(self.logit_bias.items()))
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, bias
 
 
 def generator_for(seed: int, prompt_ids: Sequence[int], sample: int) -> random.Random:
@@ -70,28 +87,29 @@ def generator_for(seed: int, prompt_ids: Sequence[int], sample: int) -> random.R
     return random.Random(f"{seed}/{prompt}/{sample}")
 
 
-def choose_tokens(logits: Tensor, params: SamplingParams, draws: Sequence[float], seen: Tensor | None = None) -> Tensor:
-    """Choose the next token of each row.
+def choose_tokens(logits: Tensor, params: SamplingParams, draws: Tensor | None, seen: Tensor | None = None) -> Tensor:
+    """Choose the next token of each row, on the device of ``logits`` and without waiting for it.
 
     Args:
         logits: float32 (rows, vocabulary).
         params: how to choose.
-        draws: one number in [0, 1) for each row; not read when greedy.
+        draws: float64 (rows,), one number in [0, 1) for each row; not read when greedy.
         seen: bool (rows, vocabulary), tokens that ``repetition_penalty`` applies to.
 
     Returns:
-        Token ids, int64 (rows,).
-
-    Raises:
-        UserError: a logit is NaN.
+        Token ids, int64 (rows,); -1 in a row with a logit that is NaN.
     """
-    if logits.isnan().any():
-        raise UserError("the model's logits are NaN: its state holds NaN or infinity, or its dtype is too narrow")
+    if params.logit_bias:
+        tokens = torch.tensor(list(params.logit_bias), device=logits.device)
+        bias = torch.tensor(list(params.logit_bias.values()), device=logits.device)
+        logits = logits.index_add(1, tokens, bias.expand(len(logits), -1))
     if seen is not None and params.repetition_penalty != 1.0:
         penalty = params.repetition_penalty
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if params.temperature == 0:
-        return logits.argmax(-1)
+        highest, token = logits.max(-1)  # NaN counts as the highest
+        return token.masked_fill(highest.isnan(), -1)
+    assert draws is not None
     probabilities = torch.softmax(logits / params.temperature, dim=-1)
     order = None
     if params.top_k or params.top_p < 1 or params.min_p > 0:
@@ -99,10 +117,11 @@ def choose_tokens(logits: Tensor, params: SamplingParams, draws: Sequence[float]
         probabilities, order = probabilities.topk(k, dim=-1)  # likeliest first
         probabilities = _truncate(probabilities, params)
     cumulative = probabilities.double().cumsum(-1)
-    points = torch.tensor(list(draws), dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+    points = draws[:, None] * cumulative[:, -1:]
     # The first token whose cumulative probability exceeds the point: never one of probability 0.
     place = torch.searchsorted(cumulative, points, right=True).clamp(max=cumulative.shape[-1] - 1)
-    return (place if order is None else order.gather(-1, place)).squeeze(-1)
+    token = (place if order is None else order.gather(-1, place)).squeeze(-1)
+    return token.masked_fill(cumulative[:, -1].isnan(), -1)
 
 
 def _truncate(probabilities: Tensor, params: SamplingParams) -> Tensor:

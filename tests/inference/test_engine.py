@@ -11,7 +11,6 @@ import torch
 
 from mambacus.inference import Completion, Engine, SamplingParams
 from mambacus.models import MambaConfig, MambaLM, MambaState, load, load_tokenizer, save
-from mambacus.models.tokenizer import byte_tokenizer
 from mambacus.runtime.errors import UserError
 
 # Lengths from 1 to 29, and texts that share no beginning.
@@ -19,24 +18,6 @@ TEXTS = [
     f"{'abcdefghijklmnopqrst'[i]}{i} + {i * i} = " + "x" * random.Random(i).randrange(20)
     for i in range(19)
 ] + ["?"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model() -> MambaLM:
-    """A model whose greedy text wanders: fresh parameters would echo the last token for ever."""
-    torch.manual_seed(3)
-    config = MambaConfig(d_model=32, n_layer=2, vocab_size=257, dt_rank=4, d_state=8, tie_embeddings=False)
-    model = MambaLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "A_log" not in name and "dt_proj.bias" not in name:
-                parameter += 0.3 * torch.randn_like(parameter)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +226,7 @@ def test_an_empty_prompt_starts_a_document(model: MambaLM, tokenizer: Any) -> No
 def test_progress_counts_prompts(model: MambaLM, tokenizer: Any) -> None:
     counts: list[int] = []
     Engine(model, tokenizer, batch_size=6).generate(TEXTS, SamplingParams(max_new_tokens=2), progress=counts.append)
-    assert counts == [6, 6, 6, 2]
+    assert sum(counts) == len(TEXTS)
 
 
 def test_dropout_is_off_while_generating_and_on_after(tokenizer: Any) -> None:

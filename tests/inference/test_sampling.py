@@ -14,9 +14,13 @@ def logits(rows: int = 3, vocabulary: int = 23, seed: int = 0) -> torch.Tensor:
     return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
+def number(value: float) -> torch.Tensor:
+    return torch.tensor([value], dtype=torch.float64)
+
+
 def distribution(row: torch.Tensor, params: SamplingParams, points: int = 20_000) -> torch.Tensor:
     """Return the probability of each token, by drawing at equally spaced points."""
-    draws = [(i + 0.5) / points for i in range(points)]
+    draws = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     tokens = choose_tokens(row.expand(points, -1), params, draws)
     return torch.bincount(tokens, minlength=len(row)) / points
 
@@ -59,21 +63,21 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
     penalised = RepetitionPenaltyLogitsProcessor(1.8)(ids, scores.clone())
     seen = torch.zeros(2, 23, dtype=torch.bool).scatter_(1, ids, True)
     params = SamplingParams(repetition_penalty=1.8)
-    assert torch.equal(choose_tokens(scores, params, [], seen), penalised.argmax(-1))
+    assert torch.equal(choose_tokens(scores, params, None, seen), penalised.argmax(-1))
     likeliest = scores.argmax(-1)
     only_that = torch.zeros(2, 23, dtype=torch.bool).scatter_(1, likeliest[:, None], True)
     strong = SamplingParams(repetition_penalty=100.0)
-    assert (choose_tokens(scores, strong, [], only_that) != likeliest).all()
+    assert (choose_tokens(scores, strong, None, only_that) != likeliest).all()
 
 
 def test_greedy_takes_the_likeliest_and_the_first_of_equals() -> None:
-    assert choose_tokens(logits(), SamplingParams(), []).tolist() == logits().argmax(-1).tolist()
-    assert choose_tokens(torch.zeros(2, 5), SamplingParams(), []).tolist() == [0, 0]
+    assert choose_tokens(logits(), SamplingParams(), None).tolist() == logits().argmax(-1).tolist()
+    assert choose_tokens(torch.zeros(2, 5), SamplingParams(), None).tolist() == [0, 0]
 
 
 def test_a_row_draws_the_same_in_any_batch() -> None:
     params = SamplingParams(temperature=1.0, top_p=0.9)
-    draws = [0.1, 0.5, 0.9]
+    draws = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     together = choose_tokens(logits(), params, draws).tolist()
     alone = [choose_tokens(logits()[i : i + 1], params, draws[i : i + 1]).item() for i in range(3)]
     assert together == alone
@@ -82,8 +86,8 @@ def test_a_row_draws_the_same_in_any_batch() -> None:
 def test_the_ends_of_the_unit_interval_draw_possible_tokens() -> None:
     row = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]])
     params = SamplingParams(temperature=1.0)
-    assert choose_tokens(row, params, [0.0]).item() == 1
-    assert choose_tokens(row, params, [1 - 2**-53]).item() == 3
+    assert choose_tokens(row, params, number(0.0)).item() == 1
+    assert choose_tokens(row, params, number(1 - 2**-53)).item() == 3
 
 
 def test_generators_differ_by_seed_prompt_and_sample_only() -> None:
@@ -93,9 +97,18 @@ def test_generators_differ_by_seed_prompt_and_sample_only() -> None:
     assert len({first, *others}) == 5
 
 
-def test_nan_logits_are_an_error() -> None:
-    with pytest.raises(UserError, match="NaN"):
-        choose_tokens(torch.tensor([[0.0, torch.nan]]), SamplingParams(), [])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_with_nan_gets_no_token_and_the_others_do(temperature: float) -> None:
+    rows = torch.tensor([[0.0, torch.nan], [-torch.inf, 0.0]])
+    draws = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    assert choose_tokens(rows, SamplingParams(temperature=temperature), draws).tolist() == [-1, 1]
+
+
+def test_logit_bias_is_added_first() -> None:
+    rows = torch.tensor([[0.0, 1.0, 2.0], [5.0, 0.0, 0.0]])
+    assert choose_tokens(rows, SamplingParams(logit_bias={1: 4.5}), None).tolist() == [1, 0]
+    never = SamplingParams(logit_bias={0: -100, 2: -100}, temperature=1.0)
+    assert set(choose_tokens(rows[:1].expand(50, -1), never, torch.linspace(0.01, 0.99, 50).double()).tolist()) == {1}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +116,7 @@ def test_nan_logits_are_an_error() -> None:
     [
         {"max_new_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0},
         {"top_p": 1.1}, {"min_p": -0.1}, {"repetition_penalty": 0}, {"n": 0}, {"stop": ["a", ""]},
+        {"logit_bias": {3: float("inf")}}, {"logprobs": -1},
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_named(wrong: dict) -> None:

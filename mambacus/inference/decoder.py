@@ -1,0 +1,137 @@
+"""The rows that are being decoded: their states in memory that stays where it is, and the step that moves all on."""
+
+from __future__ import annotations
+
+import bisect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambacus.models import MambaLM, MambaState
+
+BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # batch sizes of recorded steps
+_FIRST_ROWS = 4  # rows that memory is made for at first; doubled when they are taken
+
+
+class Decoder:
+    """States of up to ``capacity`` rows, and one decoding step for the first ``n`` of them.
+
+    Every layer's states lie side by side, so the first n rows of the memory are a batch as they stand: a row that ends
+    is replaced by the last one, and no other state moves. On a GPU the memory never moves either, and the step is
+    recorded once for each of `BUCKETS` as a CUDA graph, which launches all its kernels at once; rows between n and
+    the bucket's size compute what nobody reads. A model with an adapter attached is stepped without graphs, since the
+    adapter may be changed or switched off between two steps.
+
+    Args:
+        model: what is stepped: a `MambaLM` or a ``peft.PeftModel``.
+        base: the `MambaLM` in it.
+        capacity: most rows.
+        graphs: record CUDA graphs where the model allows it.
+    """
+
+    def __init__(self, model: nn.Module, base: MambaLM, capacity: int, *, graphs: bool = True) -> None:
+        self._model, self._base, self.capacity = model, base, capacity
+        self._pool: MambaState | None = None
+        self._graphs_wanted = graphs and model is base
+        self._graphs: dict[int, tuple[Any, Tensor]] = {}  # bucket -> graph, the logits it writes
+        self._graph_memory: Any = None  # shared: one step's numbers are read before the next one's are written
+        self._input: Tensor | None = None
+        self._weights = (0, torch.device("cpu"), torch.float32)
+
+    def put(self, state: MambaState, slot: int, count: int) -> None:
+        """Write ``state`` (one row) into ``count`` slots from ``slot`` on."""
+        pool = self._room(slot + count)
+        slots = slice(slot, slot + count)
+        pool.conv_state[:, slots] = state.conv_state
+        pool.ssm_state[:, slots] = state.ssm_state
+        pool.tokens[slots] = state.tokens
+
+    def move(self, source: int, target: int) -> None:
+        """Copy the row in slot ``source`` to slot ``target``."""
+        pool = self._room(1)
+        pool.conv_state[:, target] = pool.conv_state[:, source]
+        pool.ssm_state[:, target] = pool.ssm_state[:, source]
+        pool.tokens[target] = pool.tokens[source]
+
+    def state(self, slot: int) -> MambaState:
+        """Return a copy of the state of the row in ``slot``."""
+        return self._room(1).select([slot])
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one token in each of the first ``len(tokens)`` slots.
+
+        Returns:
+            The logits after it, float32 (rows, vocabulary); with graphs, valid until the next step.
+        """
+        rows = len(tokens)
+        pool = self._room(rows)
+        if self._graphs_wanted and tokens.is_cuda:
+            return self._replay(tokens)
+        out = self._model(input_ids=tokens[:, None], state=_first(pool, rows), reuse_state=True)
+        pool.tokens[:rows] = out.state.tokens
+        logits: Tensor = out.logits[:, 0]
+        return logits
+
+    def _room(self, rows: int) -> MambaState:
+        """Return memory for at least ``rows`` rows of the model as it is now."""
+        weight = self._base.backbone.embeddings.weight
+        weights = (weight.data_ptr(), weight.device, weight.dtype)
+        if self._pool is not None and self._pool.batch >= rows and weights == self._weights:
+            return self._pool
+        # On a GPU everything is made at once: graphs remember addresses.
+        size = self.capacity if weight.is_cuda else min(self.capacity, max(_FIRST_ROWS, 2 * rows))
+        pool = MambaState.zeros(self._base.config, size, weight.device, weight.dtype)
+        if self._pool is not None and weights == self._weights:
+            kept = self._pool.batch
+            pool.conv_state[:, :kept] = self._pool.conv_state
+            pool.ssm_state[:, :kept] = self._pool.ssm_state
+            pool.tokens[:kept] = self._pool.tokens
+        self._pool, self._weights = pool, weights
+        self._graphs.clear()
+        self._input = torch.zeros(size, dtype=torch.int64, device=weight.device) if weight.is_cuda else None
+        return pool
+
+    def _replay(self, tokens: Tensor) -> Tensor:
+        rows = len(tokens)
+        sizes = [size for size in BUCKETS if size < self.capacity] + [self.capacity]
+        size = sizes[bisect.bisect_left(sizes, rows)]
+        assert self._input is not None
+        if size not in self._graphs:
+            self._graphs[size] = self._record(size)
+        graph, logits = self._graphs[size]
+        self._input[:rows] = tokens
+        graph.replay()
+        return logits[:rows]
+
+    def _record(self, size: int) -> tuple[Any, Tensor]:
+        """Record the step of ``size`` rows; the states are as before afterwards."""
+        assert self._pool is not None and self._input is not None
+        state, inputs = _first(self._pool, size), self._input[:size, None]
+        before = state.select(range(size))
+
+        def step() -> Tensor:
+            out = self._model(input_ids=inputs, state=state, reuse_state=True)
+            state.tokens.copy_(out.state.tokens)
+            logits: Tensor = out.logits[:, 0]
+            return logits
+
+        stream = torch.cuda.Stream(inputs.device)
+        stream.wait_stream(torch.cuda.current_stream(inputs.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compile and load every kernel, make the libraries' workspaces
+                step()
+        torch.cuda.current_stream(inputs.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        self._graph_memory = self._graph_memory or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._graph_memory):
+            logits = step()
+        state.conv_state.copy_(before.conv_state)
+        state.ssm_state.copy_(before.ssm_state)
+        state.tokens.copy_(before.tokens)
+        return graph, logits
+
+
+def _first(pool: MambaState, rows: int) -> MambaState:
+    """Return the first rows of the pool, in its memory."""
+    return MambaState(pool.conv_state[:, :rows], pool.ssm_state[:, :rows], pool.tokens[:rows])

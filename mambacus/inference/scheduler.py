@@ -1,0 +1,316 @@
+"""Continuous batching: rows that are done leave, prompts that wait take their place, long prompts do not stop the rest.
+
+One `step` reads at most one chunk of the waiting prompts and chooses the next token of every row, or, on a GPU, the
+next few, so that the host waits once for several tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mambacus.inference.completion import Completion, Piece, TokenScore
+from mambacus.inference.decoder import Decoder
+from mambacus.inference.prefix_cache import PrefixCache
+from mambacus.inference.reading import Reader, Ready, Request, score_tokens
+from mambacus.inference.sampling import SamplingParams, choose_tokens
+from mambacus.inference.stats import EngineStats
+from mambacus.inference.text import TextStream, decode
+from mambacus.models import MambaLM
+
+GPU_BLOCK = 8  # tokens chosen on a GPU between two looks at them
+NAN = "the model's logits are NaN: its state holds NaN or infinity, or its dtype is too narrow"
+
+
+@dataclasses.dataclass
+class _Row:
+    """One completion in the making."""
+
+    request: Request
+    sample: int
+    random: random.Random
+    text: TextStream | None
+    prompt_scores: list[TokenScore | None] | None
+    seen: Tensor | None  # bool (vocabulary,): tokens that a repetition penalty applies to
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    scores: list[TokenScore] = dataclasses.field(default_factory=list)
+    told: int = 0  # tokens that pieces told of
+    completion: Completion | None = None
+    error: str | None = None
+
+
+class Scheduler:
+    """Completes requests, many at a time.
+
+    Args:
+        model: a `MambaLM`, or a ``peft.PeftModel`` around one.
+        base: the `MambaLM` in it.
+        decoder: holds the rows; no other scheduler may use it meanwhile.
+        tokenizer: a transformers tokenizer or None.
+        eos: tokens that end a text.
+        prefill_tokens: most tokens read between two decoding steps.
+        cache: states of texts that were read before, or None.
+        stats: counted in.
+
+    Attributes:
+        decoder: as given.
+        on_read: called with the number of prompt tokens that each pass has read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: MambaLM,
+        decoder: Decoder,
+        tokenizer: object,
+        eos: set[int],
+        prefill_tokens: int,
+        cache: PrefixCache | None,
+        stats: EngineStats,
+    ) -> None:
+        self._model, self._base, self.decoder, self._tokenizer = model, base, decoder, tokenizer
+        self._eos, self._cache, self._stats = eos, cache, stats
+        self._incoming: deque[Request] = deque()
+        self._reader = Reader(model, base, prefill_tokens, cache, self._count_read)
+        self._rows: list[_Row] = []
+        self._logits: Tensor | None = None  # float32 (rows, vocabulary), after each row's last token
+        self.on_read: Callable[[int], None] | None = None
+
+    @property
+    def active(self) -> int:
+        """Rows being decoded."""
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests of which no row is being decoded yet."""
+        return len(self._incoming) + len(self._reader) + len(self._reader.ready)
+
+    def submit(self, request: Request) -> None:
+        """Put a request at the end of the queue; any thread may."""
+        self._incoming.append(request)
+
+    @torch.no_grad()
+    def step(self) -> list[Piece]:
+        """Go on by one step; return what is new. Nothing is left to do when nothing is active or waiting."""
+        pieces = self._drop_cancelled()
+        while self._incoming:
+            self._reader.add(self._incoming.popleft())
+        began = time.perf_counter()
+        self._read()
+        self._place()
+        self._stats.prefill_seconds += time.perf_counter() - began
+        if self._rows:
+            began = time.perf_counter()
+            pieces += self._advance()
+            self._stats.decode_seconds += time.perf_counter() - began
+        return pieces
+
+    def _count_read(self, tokens: int) -> None:
+        self._stats.prompt_tokens += tokens
+        if self.on_read is not None:
+            self.on_read(tokens)
+
+    def _read(self) -> None:
+        """Read one chunk; if nothing is being decoded, chunks until a completion can begin.
+
+        New prompts are taken when an eighth of the rows is free, so that they are read together and not one by one.
+        """
+        free = self.decoder.capacity - len(self._rows)
+        ready = sum(item.request.params.n - item.begun for item in self._reader.ready)
+        most = free - ready if free >= min(len(self._reader), max(1, self.decoder.capacity // 8)) else 0
+        while self._reader.read(most) and not self._rows and not self._reader.ready:
+            pass
+        if self._base.device.type == "cuda" and self._reader.ready and not self._rows:
+            torch.cuda.synchronize(self._base.device)  # so that the times are those of the work
+
+    def _place(self) -> None:
+        """Let completions begin in the free rows: all samples of a prompt are forks of one state."""
+        new = []
+        while self._reader.ready and len(self._rows) < self.decoder.capacity:
+            item = self._reader.ready[0]
+            count = min(self.decoder.capacity - len(self._rows), item.request.params.n - item.begun)
+            self.decoder.put(item.state, len(self._rows), count)
+            new.append(item.logits.expand(count, -1))
+            for sample in range(item.begun, item.begun + count):
+                self._rows.append(self._row(item, sample))
+            item.begun += count
+            if item.begun == item.request.params.n:
+                self._reader.ready.popleft()
+        if new:
+            self._logits = torch.cat(new if self._logits is None else [self._logits, *new])
+
+    def _row(self, item: Ready, sample: int) -> _Row:
+        request, params = item.request, item.request.params
+        text = None
+        if self._tokenizer is not None and (request.stream or params.stop):
+            text = TextStream(self._tokenizer, params.stop)
+        seen = None
+        if params.repetition_penalty != 1.0:
+            seen = torch.zeros(self._base.config.padded_vocab_size, dtype=torch.bool)
+            seen[request.ids] = True
+            seen = seen.to(self._base.device)
+        return _Row(request, sample, request.generator(sample), text, item.scores, seen)
+
+    def _advance(self) -> list[Piece]:
+        """Choose the next tokens of every row, look at them, and compute the logits of the rows that go on."""
+        rows, logits, groups = self._rows, self._logits, _groups(self._rows)
+        assert logits is not None
+        block = self._block()
+        draws = [[row.random.random() if row.request.params.temperature else 0.0 for row in rows] for _ in range(block)]
+        steps: list[Tensor] = []
+        for index in range(block):
+            steps.append(self._choose(logits, groups, draws[index]))
+            if index + 1 < block:
+                logits = self.decoder.step(steps[-1].clamp(min=0))
+        scores = self._score(logits, steps[-1])  # where they are asked for, a block is one step
+        for index, tokens in enumerate(torch.stack(steps).tolist()):  # the only wait for the device
+            for slot, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+                if row.completion is None and row.error is None:
+                    self._take(row, token, scores.get(slot))
+                    if row.completion is not None and index == block - 1:
+                        self._keep(row, slot)
+        pieces = [piece for piece in map(_tell, rows) if piece is not None]
+        self._go_on(steps[-1])
+        return pieces
+
+    def _block(self) -> int:
+        """Return how many tokens to choose before looking at them; states and scores asked for must not run ahead."""
+        if self._base.device.type != "cuda":
+            return 1
+        if any(row.request.keep_state or row.request.params.logprobs is not None for row in self._rows):
+            return 1
+        return min(GPU_BLOCK, max(row.request.params.max_new_tokens - len(row.token_ids) for row in self._rows))
+
+    def _choose(self, logits: Tensor, groups: list[tuple[SamplingParams, list[int]]], draws: Sequence[float]) -> Tensor:
+        """Return the next token of each row; rows with one rule are chosen together."""
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        for params, slots in groups:
+            everyone = len(slots) == len(logits)
+            index = None if everyone else torch.tensor(slots, device=logits.device)
+            numbers = None
+            if params.temperature:
+                numbers = torch.tensor([draws[slot] for slot in slots], dtype=torch.float64, device=logits.device)
+            marks = [row.seen for row in (self._rows[slot] for slot in slots) if row.seen is not None]
+            seen = torch.stack(marks) if marks else None
+            found = choose_tokens(logits if index is None else logits[index], params, numbers, seen)
+            if index is None:
+                tokens = found
+            else:
+                tokens[index] = found
+        for slot, row in enumerate(self._rows):
+            if row.seen is not None:
+                row.seen.scatter_(0, tokens[slot : slot + 1].clamp(min=0), True)
+        return tokens
+
+    def _score(self, logits: Tensor, tokens: Tensor) -> dict[int, TokenScore]:
+        """Return the scores of the tokens of those rows that want them."""
+        scores = {}
+        for slot, row in enumerate(self._rows):
+            top = row.request.params.logprobs
+            if top is not None:
+                [scores[slot]] = score_tokens(logits[slot : slot + 1], [max(0, int(tokens[slot]))], top)
+        return scores
+
+    def _take(self, row: _Row, token: int, score: TokenScore | None) -> None:
+        """Add a token to a row, and end the row if the token does."""
+        if token < 0:
+            row.error = NAN
+            return
+        params = row.request.params
+        row.token_ids.append(token)
+        if score is not None:
+            row.scores.append(score)
+        self._stats.generated_tokens += 1
+        if token in self._eos and not params.ignore_eos:
+            row.completion = self._complete(row, "eos")
+            return
+        cut = row.text.add(token) if row.text is not None else None
+        if cut is not None:
+            row.completion = self._complete(row, "stop", cut)
+        elif len(row.token_ids) == params.max_new_tokens:
+            row.completion = self._complete(row, "length")
+
+    def _complete(self, row: _Row, reason: str, cut: int | None = None) -> Completion:
+        if row.text is not None:
+            text = row.text.text[:cut]
+        else:
+            text = decode(self._tokenizer, row.token_ids[:-1] if reason == "eos" else row.token_ids)
+        scores = row.scores if row.request.params.logprobs is not None else None
+        return Completion(text, row.token_ids, reason, scores, row.prompt_scores)
+
+    def _keep(self, row: _Row, slot: int) -> None:
+        """Give a completion its state, and keep it for prompts that go on from it."""
+        request, completion = row.request, row.completion
+        cached = self._cache is not None and request.state is None and len(row.token_ids) > 1
+        if completion is None or not (request.keep_state or cached):
+            return
+        state = self.decoder.state(slot)
+        if request.keep_state:
+            row.completion = dataclasses.replace(completion, state=state)
+        if cached and self._cache is not None:
+            self._cache.add([*request.ids, *row.token_ids[:-1]], state)
+
+    def _leave(self) -> list[int]:
+        """Let rows that are done leave, the last rows taking their slots; return who stays, in the new order."""
+        order = list(range(len(self._rows)))
+        for slot in reversed(range(len(self._rows))):
+            row = self._rows[slot]
+            if row.completion is None and row.error is None:
+                continue
+            last_row, last = self._rows.pop(), order.pop()
+            if slot < len(self._rows):
+                self.decoder.move(len(self._rows), slot)
+                self._rows[slot], order[slot] = last_row, last
+        return order
+
+    def _go_on(self, tokens: Tensor) -> None:
+        """Let rows that are done leave, and feed the others their tokens."""
+        order = self._leave()
+        if len(order) < len(tokens):
+            tokens = tokens[torch.tensor(order, dtype=torch.int64, device=tokens.device)]
+        self._logits = self.decoder.step(tokens) if self._rows else None
+
+    def _drop_cancelled(self) -> list[Piece]:
+        """Return the last pieces of what the caller gave up, and forget it."""
+        pieces = []
+        for request, begun in self._reader.drop_cancelled():
+            completion = Completion("", [], "cancelled")
+            pieces += [Piece(request.number, n, "", [], None, completion) for n in range(begun, request.params.n)]
+        cancelled = [row for row in self._rows if row.request.cancelled]
+        if cancelled:
+            assert self._logits is not None
+            for row in cancelled:
+                row.completion = self._complete(row, "cancelled")
+            pieces += [piece for piece in map(_tell, cancelled) if piece is not None]
+            order = torch.tensor(self._leave(), dtype=torch.int64, device=self._logits.device)
+            self._logits = self._logits[order] if self._rows else None
+        return pieces
+
+
+def _groups(rows: Sequence[_Row]) -> list[tuple[SamplingParams, list[int]]]:
+    """Return the slots of the rows by the rule that chooses their tokens, with parameters of that rule."""
+    groups: dict[tuple[object, ...], tuple[SamplingParams, list[int]]] = {}
+    for slot, row in enumerate(rows):
+        groups.setdefault(row.request.params.rule, (row.request.params, []))[1].append(slot)
+    return list(groups.values())
+
+
+def _tell(row: _Row) -> Piece | None:
+    """Return what is new of a row, None if that is nothing or nobody listens."""
+    done = row.completion is not None or row.error is not None
+    if not done and not row.request.stream:
+        return None
+    if row.completion is None:
+        text = row.text.take() if row.text is not None else ""
+    else:
+        text = row.text.close(row.completion.text) if row.text is not None else row.completion.text
+    new, row.told = row.token_ids[row.told :], len(row.token_ids)
+    scores = row.scores[len(row.scores) - len(new) :] if row.request.params.logprobs is not None else None
+    return Piece(row.request.number, row.sample, text, new, scores, row.completion, row.error)

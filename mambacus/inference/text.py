@@ -1,0 +1,87 @@
+"""From tokens to text, token by token: characters that span tokens, and stop strings that do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+
+
+class TextStream:
+    """The text of a growing list of tokens.
+
+    Only a window of the last tokens is decoded at each step, so a long completion costs no more per token than a short
+    one. The window begins where a token's text was complete, and what it adds is the difference of two decodings,
+    which is right also for tokenizers that treat the first token of a text differently.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        stop: strings that end the text.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._longest = max(map(len, stop), default=0)
+        self._window: list[int] = []
+        self._settled = 0  # tokens of the window whose text is in `_complete`
+        self._base = ""  # text of those tokens, decoded alone
+        self._complete = ""
+        self._pending = ""  # text of the rest of the window, perhaps with an incomplete character at its end
+        self._given = 0
+
+    @property
+    def text(self) -> str:
+        """All of the text so far."""
+        return self._complete + self._pending
+
+    def add(self, token: int) -> int | None:
+        """Add one token; return where the first stop string begins, None if there is none."""
+        before = len(self._complete)
+        self._window.append(token)
+        decoded = self._decode(self._window)
+        self._pending = decoded[len(self._base) :]
+        found = self._find_stop(max(0, before - self._longest))
+        if not decoded.endswith(_INCOMPLETE):
+            self._complete += self._pending
+            self._pending = ""
+            self._window = self._window[self._settled :]
+            self._settled = len(self._window)
+            self._base = self._decode(self._window)
+        return found
+
+    def take(self) -> str:
+        """Return what is new and can no longer change or become part of a stop string."""
+        end = len(self._complete) - self._possible_stop()
+        new = self._complete[self._given : end]
+        self._given = max(self._given, end)
+        return new
+
+    def close(self, text: str) -> str:
+        """Return what is new if the whole text is ``text``."""
+        return text[self._given :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return decode(self._tokenizer, tokens)
+
+    def _find_stop(self, start: int) -> int | None:
+        text = self.text
+        places = [place for place in (text.find(stop, start) for stop in self._stop) if place >= 0]
+        return min(places, default=None)
+
+    def _possible_stop(self) -> int:
+        """Return the length of the longest end of the text that begins a stop string."""
+        tail = self._complete[-self._longest :] if self._longest else ""
+        for start in range(len(tail)):
+            if any(stop.startswith(tail[start:]) for stop in self._stop):
+                return len(tail) - start
+        return 0
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Return the text of ``tokens`` as it stands, without special tokens; empty without a tokenizer."""
+    if tokenizer is None:
+        return ""
+    text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
