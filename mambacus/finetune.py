@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,22 +28,32 @@ class Config:
         help="JSONL file of question, answer[, solution]; wordproblems:N; a set under --data-dir (gsm8k); a hub id"
     )
     out: Path = opt(help="folder for adapter or model, record, checkpoints and log", metavar="DIR")
-    method: str = opt("lora", "lora or full")
+    method: str = opt("lora", "what is trained: lora, dora, ... lora-x, sdt, state-offset, ... full (docs/finetune.md)")
     resume: bool = opt(False, "continue this run from its last checkpoint")
     lr: float = opt(0.0, "peak learning rate (0: by method and model size)", least=0)
     epochs: float = opt(3.0, "passes over the data", above=0)
     max_steps: int = opt(0, "optimiser steps; above 0 it overrides --epochs", least=0)
-    batch_size: int = opt(32, "samples in one optimiser step", least=1)
+    batch_size: int | None = opt(None, "samples in one optimiser step (default: 32; cs5242: 1)", least=1)
     grad_accum: int = opt(1, "parts a step is split into to save memory; the gradient stays the same", least=1)
     max_length: int = opt(1024, "tokens of a sample; longer ones are dropped and counted", least=1)
     pack_length: int = opt(
         -1, "tokens of a packed row; 0: one sample a row; -1: 2048, or --max-length if longer", least=-1
     )
-    loss: str = opt("answer", "train on the answer alone or on the full text", choices=("answer", "full"))
-    rank: int = opt(16, "rank of the adapter", least=1)
-    alpha: float = opt(32.0, "the adapter is scaled by alpha / rank", above=0)
-    dropout: float = opt(0.05, "dropout probability at the adapter's input", least=0, below=1)
-    targets: tuple[str, ...] = opt(("in_proj", "out_proj"), "modules that get an adapter")
+    loss: str | None = opt(
+        None,
+        "train on the answer alone or on the full text (default: answer; cs5242: full)",
+        choices=("answer", "full"),
+    )
+    rank: int | None = opt(None, "rank of the adapter (default: by method, of lora 16)", least=1)
+    alpha: float | None = opt(None, "the adapter is scaled by alpha / rank (default: by method, of lora 32)", above=0)
+    dropout: float | None = opt(
+        None, "dropout at the adapter's input (default: by method, of lora 0.05)", least=0, below=1
+    )
+    targets: tuple[str, ...] = opt(
+        (), "modules that get an adapter: names, regular expressions, all-linear (default: in_proj,out_proj)"
+    )
+    options: tuple[str, ...] = opt((), "further keys of the method as KEY=VALUE,...: PEFT's configuration keys")
+    checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a third slower")
     weight_decay: float = opt(0.01, "AdamW's, on matrices only; never on A_log, D, norms, biases", least=0)
     seed: int = opt(0, "seed of order, dropout, adapter and generated data", least=0, most=MOST_SEED)
     device: str = opt("auto", "auto, cpu or cuda")
@@ -64,45 +74,51 @@ def run(config: Config) -> Record:
     from mambacus.models.signature import signature
     from mambacus.runtime.device import resolve_device
     from mambacus.runtime.outputs import claim_directory
-    from mambacus.tuning import adapters
+    from mambacus.tuning import methods
     from mambacus.tuning.data import encode, read_examples
     from mambacus.tuning.packing import PlannedBatches, plan
     from mambacus.tuning.trainer import Settings, choose_autocast, train
 
     watch = Stopwatch()
+    method = methods.find_method(config.method)
+    config = _with_defaults(config, method.preset)
     _check(config)
-    method = adapters.find_method(config.method)
+    options = _options(config.options)
     device = resolve_device(config.device)
     autocast = choose_autocast(config.dtype, device)
     examples = read_examples(config.data, data_dir=config.data_dir, seed=config.seed)
     model, tokenizer = load(config.model, device=device, dtype=torch.float32)
-    samples, counts = encode(examples, _usable(tokenizer, config.model), max_length=config.max_length, loss=config.loss)
+    samples, counts = encode(
+        examples, _usable(tokenizer, config.model), max_length=config.max_length, loss=config.loss or "answer"
+    )
     _check_vocabulary(samples, model, config.model)
     base_signature = signature(model)
-    rate = config.lr or method.learning_rate(adapters.count_parameters(model)["total"])
+    rate = config.lr or method.learning_rate(methods.count_parameters(model)["total"])
+    run_plan = plan(
+        [*map(len, samples)], epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size or 1,
+        grad_accum=config.grad_accum, seed=config.seed, capacity=_capacity(config) if method.packs else 0,
+    )  # fmt: skip
+    data = PlannedBatches(samples, run_plan)
+    if config.method == "sdt" and "channels" not in options:
+        options["channels"] = _sdt_channels(model, data, options, rate)
     torch.manual_seed(config.seed)
-    places = adapters.AdapterSettings(config.rank, config.alpha, config.dropout, config.targets)
-    trained = method.attach(model, places)
+    settings = methods.AdapterSettings(config.rank, config.alpha, config.dropout, config.targets, options)
+    trained = method.attach(model, settings)
+    model.gradient_checkpointing = config.checkpointing
     claim_directory(
         config.out, "finetune", _identity(config, rate, autocast, device, samples, base_signature), resume=config.resume
     )
     if (config.out / RECORD).is_file():
         return read_record(config.out / RECORD)
-
-    run_plan = plan(
-        [*map(len, samples)], epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size,
-        grad_accum=config.grad_accum, seed=config.seed,
-        capacity=max(2048, config.max_length) if config.pack_length < 0 else config.pack_length,
-    )  # fmt: skip
-    parameters: dict[str, Any] = adapters.count_parameters(trained)
-    parameters["targets"] = list(config.targets) if method.saves == "adapter" else ["all"]
+    parameters: dict[str, Any] = methods.count_parameters(trained)
+    parameters["targets"] = _places(trained, config.method)
     _announce(config, parameters, counts, run_plan.steps, rate)
-    settings = Settings(
+    how = Settings(
         config.out, device, autocast, rate, weight_decay=config.weight_decay, grad_accum=config.grad_accum,
         save_every=config.save_every, seed=config.seed,
     )  # fmt: skip
     results = train(
-        trained, PlannedBatches(samples, run_plan), settings, quiet_first=method.quiet_first, resume=config.resume
+        trained, data, how, quiet_first=method.quiet_first, rate_of=method.rate_factor, resume=config.resume
     )
     _save(config, method.saves, trained, tokenizer, base_signature)
     results |= {
@@ -116,6 +132,51 @@ def run(config: Config) -> Record:
     return record
 
 
+def _with_defaults(config: Config, preset: Mapping[str, Any]) -> Config:
+    """Return ``config`` with the method's values, then the general ones, where nothing was given."""
+    values: dict[str, Any] = {"batch_size": 32, "loss": "answer", **preset}
+    return dataclasses.replace(config, **{name: v for name, v in values.items() if getattr(config, name) is None})
+
+
+def _options(words: Sequence[str]) -> dict[str, Any]:
+    """Return ``KEY=VALUE`` words as a mapping; values are read as YAML.
+
+    Raises:
+        UserError: a word that is none.
+    """
+    import yaml
+
+    options: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--options: expected KEY=VALUE, got {word!r}")
+        try:
+            options[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--options: {key}: not a YAML value: {text!r}") from None
+    return options
+
+
+def _capacity(config: Config) -> int:
+    return max(2048, config.max_length) if config.pack_length < 0 else config.pack_length
+
+
+def _sdt_channels(model: Any, data: Any, options: dict[str, Any], rate: float) -> list[list[int]]:
+    from mambacus.models.ssm_adapters import checked_options
+    from mambacus.tuning.sdt import choose_channels
+
+    return choose_channels(model, data, share=checked_options("sdt", options)["share"], rate=rate)
+
+
+def _places(trained: Any, method: str) -> list[str]:
+    """Return where the method trains, for the record and the screen."""
+    if method == "full":
+        return ["all"]
+    config = getattr(trained, "peft_config", None)
+    return sorted(config["default"].target_modules) if config else [method]
+
+
 def _check(config: Config) -> None:
     """Check the settings that need no model.
 
@@ -123,7 +184,7 @@ def _check(config: Config) -> None:
         UserError: naming all faults at once.
     """
     faults = []
-    if config.grad_accum > max(1, config.batch_size):
+    if config.grad_accum > (config.batch_size or 1):
         faults.append(f"--grad-accum {config.grad_accum}: more parts than --batch-size {config.batch_size} samples")
     if 0 < config.pack_length < config.max_length:
         faults.append(f"--pack-length {config.pack_length}: shorter than --max-length {config.max_length}")

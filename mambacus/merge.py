@@ -40,8 +40,9 @@ def run(config: Config) -> Record:
     from mambacus.models import load, save
     from mambacus.runtime.device import resolve_device, resolve_dtype
     from mambacus.runtime.outputs import claim_directory, claim_empty, fingerprint
-    from mambacus.tuning.adapters import read_adapter, silent_about_ties
+    from mambacus.tuning.adapters import read_adapter
     from mambacus.tuning.merge import compare, gate, merge, prompt_logits
+    from mambacus.tuning.peft_methods import silent_about_ties
 
     watch = Stopwatch()
     adapter = read_adapter(config.adapter)

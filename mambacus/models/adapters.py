@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mambacus.models.checkpoint import pointer_hint
-from mambacus.models.mamba import MambaLM
+from mambacus.models.mamba import CausalConv1d, MambaLM
 from mambacus.models.signature import other_base
+from mambacus.models.ssm_adapters import PEFT_TYPE, attach
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import read_json
 
@@ -23,22 +25,30 @@ def attach_adapter(model: MambaLM, folder: Path) -> Any:
     must be filled.
 
     Returns:
-        A ``peft.PeftModel``, for inference.
+        A ``peft.PeftModel``, for inference; ``model`` itself, changed in place, for an adapter of
+        `mambacus.models.ssm_adapters`.
 
     Raises:
         UserError: no adapter there, corrupt files, or an adapter made for another model; the message names both.
     """
     import safetensors
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
+    from mambacus.models.conv_lora import CausalConvLora
 
     base = check_adapter_folder(folder)
+    if read_json(folder / _CONFIG)["peft_type"] == PEFT_TYPE:
+        return _attach_ssm(model, folder, base)
     try:
         with safetensors.safe_open(folder / _WEIGHTS, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 -- no dict
         misplaced = _misplaced(model, stored) or other_base(folder, model)
         if misplaced:
             raise _another_model(folder, base, model, misplaced)
-        wrapped = PeftModel.from_pretrained(model, folder)
+        config = PeftConfig.from_pretrained(str(folder))
+        if hasattr(config, "_register_custom_module"):
+            config._register_custom_module({CausalConv1d: CausalConvLora})
+        wrapped = PeftModel.from_pretrained(model, folder, config=config)
     except safetensors.SafetensorError as error:
         raise UserError(f"--adapter {folder}: corrupt {_WEIGHTS} ({error}){pointer_hint(folder / _WEIGHTS)}") from None
     except (ValueError, RuntimeError, KeyError, TypeError) as error:  # all that PEFT raises for what does not fit
@@ -49,6 +59,32 @@ def attach_adapter(model: MambaLM, folder: Path) -> Any:
         where = "missing in the adapter" if name in wanted else "without a place in the model"
         raise _another_model(folder, base, model, f"{name} is {where}")
     return wrapped
+
+
+def _attach_ssm(model: MambaLM, folder: Path, base: str) -> MambaLM:
+    import safetensors.torch
+
+    config = read_json(folder / _CONFIG)
+    try:
+        stored = safetensors.torch.load_file(folder / _WEIGHTS, device=str(model.device))
+    except safetensors.SafetensorError as error:
+        raise UserError(f"--adapter {folder}: corrupt {_WEIGHTS} ({error}){pointer_hint(folder / _WEIGHTS)}") from None
+    misplaced = other_base(folder, model)
+    if misplaced:
+        raise _another_model(folder, base, model, misplaced)
+    if not isinstance(config.get("options"), dict) or not isinstance(config.get("method"), str):
+        raise UserError(f"--adapter {folder}: {_CONFIG}: expected method (text) and options (an object)")
+    learned = attach(model, config["method"], config["options"])
+    for name in sorted(learned.keys() ^ stored.keys()):
+        where = "missing in the adapter" if name in learned else "without a place in the model"
+        raise _another_model(folder, base, model, f"{name} is {where}")
+    for name, parameter in learned.items():
+        if parameter.shape != stored[name].shape:
+            shapes = f"{tuple(parameter.shape)} here, {tuple(stored[name].shape)} in the adapter"
+            raise _another_model(folder, base, model, f"{name} is {shapes}")
+        with torch.no_grad():
+            parameter.copy_(stored[name])
+    return model
 
 
 def adapter_folder(path: Path) -> Path:

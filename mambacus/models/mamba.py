@@ -163,6 +163,7 @@ class MambaMixer(_KeepsFloat32):
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.empty(d_inner))
         self.out_proj = Linear(d_inner, config.d_model, bias=config.use_bias)
+        self.offset: nn.Module | None = None  # an adapter: what it gives for C and z is added to the gated output
 
     def forward(
         self,
@@ -194,6 +195,8 @@ class MambaMixer(_KeepsFloat32):
                 x, delta, A, B, C, self.D, z, delta_bias=bias, seq_idx=seq_idx, initial_state=ssm_state,
                 backend=self.backend,
             )  # fmt: skip
+        if self.offset is not None:
+            y = y + self.offset(C, z).view_as(y)
         return self.out_proj(y), conv_state, ssm_state  # (batch, seqlen, d_model)
 
     @torch.no_grad()
@@ -297,6 +300,8 @@ class MambaLM(nn.Module):
         gradient_checkpointing: recompute each block in the backward pass, which then holds the activations of one block
             and the residual stream of all, at the cost of a second forward pass.
         name_or_path: where the weights came from; adapters record it as their base.
+        adapter: which adapter of `mambacus.models.ssm_adapters` sits on the model, None for none.
+        beginning: that adapter's learned state of a document's beginning, None for zeros.
     """
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012 -- read by PEFT
@@ -306,6 +311,8 @@ class MambaLM(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.name_or_path = ""
+        self.adapter: Any = None
+        self.beginning: Any = None
         self.backbone = Backbone(config)
         self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
         self.tie_weights()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -77,9 +77,42 @@ class GradientAudit(TrainerCallback):
             raise TrainingStoppedError(f"step {state.global_step + 1}: two updates did not change {_listed(still)}")
 
     def _checksums(self) -> torch.Tensor:
-        """Return one int64 per tensor that changes when any of its bits does (up to collisions); costs no copy."""
-        sums = [parameter.detach().contiguous().view(torch.int32).sum() for parameter in self.parameters.values()]
-        return torch.stack(sums).cpu()
+        return checksums(self.parameters.values())
+
+
+def checksums(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return one int64 per tensor that changes when any of its bits does (up to collisions); costs no copy."""
+    sums = []
+    for tensor in tensors:
+        words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        sums.append(tensor.detach().contiguous().flatten().view(words).sum(dtype=torch.int64))
+    return torch.stack(sums).cpu() if sums else torch.empty(0, dtype=torch.int64)
+
+
+class FrozenCheck:
+    """Remembers the bits of all frozen tensors, buffers included, and proves later that none has changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = {
+            name: tensor
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if not tensor.requires_grad and not tensor.is_complex()
+        }
+        self._before = checksums(self._tensors.values())
+
+    def verify(self) -> None:
+        """Compare.
+
+        Raises:
+            TrainingStoppedError: naming the frozen tensors that training has changed.
+        """
+        changed = [
+            name
+            for name, same in zip(self._tensors, checksums(self._tensors.values()) == self._before, strict=True)
+            if not same
+        ]
+        if changed:
+            raise TrainingStoppedError(f"training changed what is frozen: {_listed(changed)}")
 
 
 def first_bad_module(model: nn.Module, forward: Callable[[], object]) -> str:

@@ -1,6 +1,6 @@
 """From a question-answer source to token arrays; whatever is left out is counted.
 
-A training text is ``qa_prompt(question) + qa_completion(solution, answer)`` and the end-of-text token. Prompt and
+A training text is ``qa_prompt(question, options) + qa_completion(solution, answer)`` and the end-of-text token. Prompt and
 completion are tokenised apart, because that is what a model meets when it is asked: the tokens of the prompt alone.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from mambacus.data import wordproblems
 from mambacus.data.problems import MathProblem
 from mambacus.data.prompts import ANSWER_MARK, qa_completion, qa_prompt
-from mambacus.data.sources import load_math
+from mambacus.data.sources import load_math, read_options, training_split
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import read_jsonl
 
@@ -59,8 +59,8 @@ def read_examples(source: str, *, data_dir: Path | None = None, seed: int = 0) -
     """Read the training rows of ``source``.
 
     Args:
-        source: a JSONL file whose rows hold ``question`` and ``answer`` and may hold ``solution``; ``wordproblems:N``
-            (N generated problems); or the name of a math set under ``data_dir``, whose training split is taken
+        source: a JSONL file whose rows hold ``question`` and ``answer`` and may hold ``solution`` and ``options`` (a
+            list of choices; the answer is then a letter); ``wordproblems:N`` (N generated problems); or the name of a math set under ``data_dir``, whose training split is taken
             (``gsm8k``, or ``gsm8k:1000`` for its first thousand); or the id of a dataset on the hub, ``owner/name``,
             whose ``train`` split has the columns of the JSONL file.
         data_dir: folder of the math sets.
@@ -70,6 +70,8 @@ def read_examples(source: str, *, data_dir: Path | None = None, seed: int = 0) -
         UserError: no such file or set, a broken line (with its number), or no rows at all.
     """
     path = Path(source).expanduser()
+    if path.is_dir():
+        raise UserError(f"--data {source}: expected a JSONL file, got a folder")
     if path.suffix in (".jsonl", ".json") or path.is_file():
         examples = [_checked_row(row, f"{path}, line {number}") for number, row in read_jsonl(path)]
     else:
@@ -95,8 +97,8 @@ def _named_set(name: str, limit: int | None, data_dir: Path | None, seed: int) -
     if name == "wordproblems" and limit:
         problems: Sequence[MathProblem] = wordproblems.generate(limit, "train", seed)
     else:
-        problems = load_math(data_dir, name, "train", seed=seed)[:limit]
-    return [Example(qa_prompt(p.question), qa_completion(p.solution, p.answer)) for p in problems]
+        problems = load_math(data_dir, name, training_split(name), seed=seed)[:limit]
+    return [Example(qa_prompt(p.question, p.options), qa_completion(p.solution, p.answer)) for p in problems]
 
 
 def _hub_rows(name: str) -> Iterable[dict[str, Any]]:
@@ -104,9 +106,10 @@ def _hub_rows(name: str) -> Iterable[dict[str, Any]]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    failures = (OSError, ValueError, HfHubHTTPError, OfflineModeIsEnabled, datasets.exceptions.DatasetsError)
     try:
         rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, split="train")
-    except (OSError, ValueError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+    except failures as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--data {name}: no such file, and not to be had from the hub ({reason})") from None
     return rows
@@ -116,9 +119,10 @@ def _checked_row(row: dict[str, Any], where: str) -> Example:
     question = _text(row, "question", where)
     answer = _text(row, "answer", where)
     solution = _text(row, "solution", where) if row.get("solution") is not None else None
+    prompt = qa_prompt(question, read_options(row, answer, where))
     if solution is None and len(answer.split()) > 1:  # the worked answer itself, as in GSM8K's own files
-        return Example(qa_prompt(question), f" {answer}")
-    return Example(qa_prompt(question), qa_completion(solution, answer))
+        return Example(prompt, f" {answer}")
+    return Example(prompt, qa_completion(solution, answer))
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
@@ -133,6 +137,11 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
         raise UserError(f"{where}: {key}: expected text, got a {type(value).__name__}")
     if not value.strip():
         raise UserError(f"{where}: {key} is empty")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: {key}: expected text, got half of a surrogate pair in it") from None
     return value.strip()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mambacus.data.prompts import qa_prompt
 from mambacus.models import MambaLM
+from mambacus.models.ssm_adapters import fold
 from mambacus.runtime.errors import UserError
 
 RELATIVE_TOLERANCE = 1e-4
@@ -47,7 +48,7 @@ def untie(model: MambaLM) -> None:
 
 
 def merge(attached: Any) -> tuple[MambaLM, bool]:
-    """Fold the adapter of a ``PeftModel`` into its weights, in place.
+    """Fold an adapter into the weights of its model, in place.
 
     Args:
         attached: what ``mambacus.models.load(..., adapter=...)`` gave, in float32.
@@ -56,15 +57,17 @@ def merge(attached: Any) -> tuple[MambaLM, bool]:
         The plain model, and whether its head had to be untied from the embedding.
 
     Raises:
-        UserError: a merged weight is not finite.
+        UserError: a merged weight is not finite, or the method cannot be merged; the message says why.
     """
+    if isinstance(attached, MambaLM):
+        return fold(attached), False
     model: MambaLM = attached.get_base_model()
     untied = model.config.tie_embeddings and any(touched(attached, name) for name in TIED)
     if untied:
         untie(model)
     try:
         merged: MambaLM = attached.merge_and_unload(safe_merge=True)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise UserError(f"the merge failed: {' '.join(str(error).split())}") from None
     return merged, untied
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -21,11 +22,12 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from mambacus.runtime.device import peak_memory_bytes
 from mambacus.runtime.errors import UserError
-from mambacus.tuning.audit import GradientAudit, TrainingStoppedError, first_bad_module
+from mambacus.tuning.audit import FrozenCheck, GradientAudit, TrainingStoppedError, first_bad_module
 from mambacus.tuning.checkpoints import newest_checkpoint, read_notes, write_checkpoint
 from mambacus.tuning.packing import PlannedBatches
 
 _WEIGHTS = "trainable.safetensors"
+_NO_WEIGHT = re.compile(r"\.A_log$|\.parametrizations\.A_log\.|\.offset\.|(^|\.)beginning\.")
 _HISTORY_POINTS = 1000
 
 
@@ -93,6 +95,7 @@ def train(
     settings: Settings,
     *,
     quiet_first: Callable[[str], bool] = lambda name: False,
+    rate_of: Callable[[str], float] = lambda name: 1.0,
     resume: bool = False,
 ) -> dict[str, Any]:
     """Train the parameters of ``model`` that require a gradient, in place, and return the figures for the record.
@@ -102,6 +105,7 @@ def train(
         data: the micro-batches of the whole run.
         settings: how to train.
         quiet_first: names of tensors whose gradient is zero at the very first step by construction.
+        rate_of: by how much the rate of the tensor of that name is multiplied.
         resume: continue from the newest whole checkpoint in ``settings.folder``, if there is one.
 
     Returns:
@@ -116,8 +120,10 @@ def train(
             raise TypeError(f"{name} is trained in {parameter.dtype}; master weights are float32")
     checkpoint = newest_checkpoint(settings.folder / "checkpoints") if resume else None
     earlier = read_notes(checkpoint)["seconds"] if checkpoint else 0.0
-    trainer = MambaTrainer(model, data, settings, quiet_first, earlier)
+    trainer = MambaTrainer(model, data, settings, quiet_first, rate_of, earlier)
+    frozen = FrozenCheck(model)
     trainer.run(checkpoint)
+    frozen.verify()
     history = [
         {key: entry[key] for key in ("step", "loss", "learning_rate", "grad_norm") if key in entry}
         for entry in trainer.state.log_history
@@ -172,19 +178,22 @@ class Learner(nn.Module):
         return loss
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's two groups: matrices with decay; A_log, D, norms, biases and every other vector without.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, rate_of: Callable[[str], float] = lambda name: 1.0
+) -> list[dict[str, Any]]:
+    """Return AdamW's groups: matrices with decay; A_log, D, norms, biases and every other vector without.
 
-    ``A_log`` is a matrix but holds the logarithm of the decay rates: pulling it to zero would pull every rate to 1.
+    ``A_log`` is a matrix but holds the logarithm of the decay rates: pulling it to zero would pull every rate to 1. The
+    same goes for what an adapter adds to it, and learned states are no weights either. ``rate`` of a group is the
+    factor of its learning rate.
     """
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_weight = parameter.ndim >= 2 and not name.endswith("A_log")
-            (decayed if is_weight else spared).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            is_weight = parameter.ndim >= 2 and not _NO_WEIGHT.search(name)
+            groups.setdefault((weight_decay if is_weight else 0.0, rate_of(name)), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1]))
+    return [{"params": found, "weight_decay": decay, "rate": rate} for (decay, rate), found in ordered]
 
 
 def rate_factor(step: int, *, total: int, warmup: int) -> float:
@@ -209,9 +218,11 @@ class MambaTrainer(Trainer):
         data: PlannedBatches,
         settings: Settings,
         quiet_first: Callable[[str], bool],
+        rate_of: Callable[[str], float],
         earlier_seconds: float,
     ) -> None:
         self.settings = settings
+        self._rate_of = rate_of
         self._earlier_seconds = earlier_seconds
         self._started = 0.0
         trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -241,7 +252,10 @@ class MambaTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return AdamW on `parameter_groups`."""
         if self.optimizer is None:
-            groups = parameter_groups(self.learner if model is None else model, self.settings.weight_decay)
+            learner = self.learner if model is None else model
+            groups = parameter_groups(learner, self.settings.weight_decay, self._rate_of)
+            for group in groups:
+                group["lr"] = self.settings.learning_rate * group.pop("rate")
             self.optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=(0.9, 0.999), fused=True)
         return self.optimizer
 

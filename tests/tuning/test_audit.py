@@ -71,7 +71,7 @@ def test_a_tensor_that_the_optimiser_leaves_out_stops_the_run(
     from mambacus.tuning import trainer
 
     groups = trainer.parameter_groups
-    monkeypatch.setattr(trainer, "parameter_groups", lambda model, decay: groups(model, decay)[:1])
+    monkeypatch.setattr(trainer, "parameter_groups", lambda model, decay, rate_of: groups(model, decay)[:1])
     with pytest.raises(TrainingStoppedError, match=r"step 2: two updates did not change .*\.mixer\.A_log.*and 8 more"):
         run(make_model(), samples, settings)
 

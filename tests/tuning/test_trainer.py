@@ -16,13 +16,14 @@ from transformers import TrainerCallback
 from mambacus.models import MambaLM
 from mambacus.runtime.errors import UserError
 from mambacus.tuning import trainer as trainer_module
-from mambacus.tuning.adapters import METHODS, AdapterSettings, attach_full, attach_lora
 from mambacus.tuning.data import Sample
+from mambacus.tuning.methods import METHODS, AdapterSettings
 from mambacus.tuning.packing import PlannedBatches, plan
 from mambacus.tuning.trainer import Settings, choose_autocast, parameter_groups, rate_factor, train
 
 CPU = torch.device("cpu")
 LORA = METHODS["lora"]
+attach_lora, attach_full = LORA.attach, METHODS["full"].attach
 
 
 def batches(samples: list[Sample], steps: int, batch_size: int = 4, grad_accum: int = 1) -> PlannedBatches:

@@ -13,17 +13,10 @@ from mambacus.models import MambaLM
 from mambacus.models.adapters import attach_adapter
 from mambacus.models.signature import other_base, signature
 from mambacus.runtime.errors import UserError
-from mambacus.tuning.adapters import (
-    METHODS,
-    AdapterSettings,
-    attach_full,
-    attach_lora,
-    count_parameters,
-    find_method,
-    read_adapter,
-    save_adapter,
-)
+from mambacus.tuning.adapters import read_adapter, save_adapter
+from mambacus.tuning.methods import METHODS, AdapterSettings, count_parameters, find_method
 
+attach_lora, attach_full = METHODS["lora"].attach, METHODS["full"].attach
 LINEAR = ("in_proj", "x_proj", "dt_proj", "out_proj")
 INPUT = torch.arange(1, 41).view(2, 20)
 
@@ -77,8 +70,9 @@ def test_full_trains_everything(make_model: Callable[..., MambaLM]) -> None:
     [
         (("in_porj",), ("'in_porj' matches no module", "did you mean 'in_proj'", "x_proj")),
         (("in_proj", "q", "k"), ("'q' matches no module", "'k' matches no module")),
-        (("conv1d",), ("'conv1d' is a convolution",)),
-        ((), ("expected at least one of", "out_proj")),
+        (("norm",), ("'norm' is a RMSNorm, which this method cannot adapt",)),
+        (("in_proj", "*"), ("'*' is neither a module nor a regular expression",)),
+        ((r"layers\.7\..*",), ("matches no module", "conv1d, dt_proj, embeddings", "or all-linear")),
     ],
 )
 def test_a_wrong_target_is_named(
@@ -90,7 +84,7 @@ def test_a_wrong_target_is_named(
 
 
 def test_an_unknown_method_is_named() -> None:
-    with pytest.raises(UserError, match="lora, full, got 'lorra'; did you mean 'lora'"):
+    with pytest.raises(UserError, match="full, got 'lorra'; did you mean"):
         find_method("lorra")
 
 

@@ -29,6 +29,16 @@ def test_a_row_becomes_the_prompt_of_evaluation_and_the_solution_with_its_answer
     assert example.completion == " 2 + 3 = 5\n#### 5"
 
 
+def test_choices_are_trained_on_as_they_are_asked(tmp_path: Path) -> None:
+    row = {"id": "1", "question": "Pick three.", "answer": "B", "options": ["2", "3"], "solution": "It is 3."}
+    (tmp_path / "math" / "aqua").mkdir(parents=True)
+    path = write(tmp_path / "math" / "aqua" / "train_flan.jsonl", row)
+    for source in (path, "aqua"):
+        (example,) = read_examples(source, data_dir=tmp_path)
+        assert example.prompt == "Question: Pick three.\nAnswer Choices: (A) 2 (B) 3\nAnswer:"
+        assert example.completion == " It is 3.\n#### B"
+
+
 @pytest.mark.parametrize(
     ("row", "completion"),
     [
@@ -56,6 +66,10 @@ def test_each_kind_of_answer(tmp_path: Path, row: object, completion: str) -> No
         ('{"question": ["q"], "answer": "5"}', ("line 2", "question", "list")),
         ('{"question": "q", "answer": true}', ("line 2", "answer", "bool")),
         ('{"question": "q", "answer": "5", "solution": ""}', ("line 2", "solution is empty")),
+        ('{"question": "q", "answer": NaN}', ("line 2", "NaN is no JSON value")),
+        ('{"question": "q \\ud800", "answer": "5"}', ("line 2", "question", "surrogate")),
+        ('{"question": "q", "answer": "5", "options": ["5", "6"]}', ("line 2", "expected one of A, B")),
+        ('{"question": "q", "answer": "A", "options": "5"}', ("line 2", "options", "list of texts")),
     ],
 )
 def test_a_broken_line_is_named_by_its_number(tmp_path: Path, line: str, words: tuple[str, ...]) -> None:
@@ -121,6 +135,19 @@ def test_bytes_that_are_not_text(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
         read_examples(str(path))
+
+
+def test_a_folder_is_no_data(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").mkdir()
+    for path in (tmp_path, tmp_path / "rows.jsonl"):
+        with pytest.raises(UserError, match="expected a JSONL file, got a folder"):
+            read_examples(str(path))
+
+
+def test_marks_and_line_ends_of_other_systems_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{json.dumps(ROW)}\r\n\r\n{json.dumps(ROW)}".encode())
+    assert len(read_examples(str(path))) == 2
 
 
 def test_generated_problems_follow_the_seed() -> None:

@@ -11,8 +11,9 @@ import torch
 from mambacus.models import MambaLM
 from mambacus.models.tokenizer import byte_tokenizer
 from mambacus.runtime.errors import UserError
-from mambacus.tuning.adapters import AdapterSettings, attach_lora, silent_about_ties
 from mambacus.tuning.merge import PROMPTS, compare, gate, merge, prompt_logits, touched, untie
+from mambacus.tuning.methods import METHODS, AdapterSettings
+from mambacus.tuning.peft_methods import silent_about_ties
 
 LINEAR = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
@@ -22,7 +23,7 @@ def attach(make_model: Callable[..., MambaLM]) -> Callable[..., Any]:
     """Attach a LoRA whose matrices have values, as after training."""
 
     def make(*targets: str, **changes: object) -> Any:
-        model = attach_lora(make_model(**changes), AdapterSettings(rank=4, alpha=8, targets=targets)).eval()
+        model = METHODS["lora"].attach(make_model(**changes), AdapterSettings(rank=4, alpha=8, targets=targets)).eval()
         torch.manual_seed(3)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

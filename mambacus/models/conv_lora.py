@@ -1,0 +1,87 @@
+"""LoRA on the causal convolution, in PEFT's frame: its own layer for grouped convolutions needs a rank per channel."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class CausalConvLora(nn.Module, LoraLayer):
+    """The taps of all channels as one matrix (d_inner, d_conv), changed by ``scaling B A``.
+
+    A is (rank, d_conv), B (d_inner, rank) and zero at first. A rank above d_conv adds nothing and is taken as
+    d_conv, with the scaling of the rank that was asked for. There is no dropout: the taps are no input.
+
+    Args:
+        base_layer: a `mambacus.models.mamba.CausalConv1d`.
+        adapter_name: PEFT's name of the first adapter.
+        config: its ``LoraConfig``.
+        r: rank.
+        lora_alpha: the update is scaled by ``lora_alpha / r``.
+        rest: what else PEFT hands to its layers.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: Any, r: int, lora_alpha: float, **rest: Any
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config=config)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **rest: Any) -> None:
+        """Add an adapter (PEFT's word and signature)."""
+        weight = self.get_base_layer().weight  # (d_inner, 1, d_conv)
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        r = min(r, weight.shape[-1])
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.lora_dropout[adapter_name] = nn.Identity()
+        self.lora_A[adapter_name] = nn.Linear(weight.shape[-1], r, bias=False)
+        self.lora_B[adapter_name] = nn.Linear(r, weight.shape[0], bias=False)
+        nn.init.kaiming_uniform_(self.lora_A[adapter_name].weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B[adapter_name].weight)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what ``adapter`` adds to the taps, (d_inner, 1, d_conv)."""
+        change: Tensor = self.lora_B[adapter].weight @ self.lora_A[adapter].weight * self.scaling[adapter]
+        return change[:, None]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Filter as `CausalConv1d` does, with the changed taps."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        weight = self.base_layer.weight
+        for name in active:
+            weight = weight + self.get_delta_weight(name).to(weight.dtype)
+        return functional_call(self.base_layer, {"weight": weight}, (x, *args), kwargs)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the change to the taps (PEFT's word and signature).
+
+        Raises:
+            ValueError: with ``safe_merge``, the result is not finite.
+        """
+        for name in adapter_names or self.active_adapters:
+            if name in self.lora_A and name not in self.merged_adapters:
+                base = self.get_base_layer()
+                weight = base.weight + self.get_delta_weight(name).to(base.weight.dtype)
+                if safe_merge and not weight.isfinite().all():
+                    raise ValueError(f"the merged taps are not finite; the adapter {name} seems to be broken")
+                base.weight.copy_(weight)
+                self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the change out again."""
+        while self.merged_adapters:
+            self.get_base_layer().weight.sub_(self.get_delta_weight(self.merged_adapters.pop()))
