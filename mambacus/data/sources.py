@@ -12,15 +12,16 @@
 from __future__ import annotations
 
 import gzip
-import json
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mambacus.data import wordproblems
 from mambacus.data.problems import MathProblem
+from mambacus.data.prompts import OPTION_LETTERS
 from mambacus.runtime.errors import UserError, suggest
-from mambacus.runtime.records import read_jsonl
+from mambacus.runtime.records import parse_line, read_jsonl
 
 MATH_SPLITS: Mapping[str, tuple[str, ...]] = {
     "gsm8k": ("train", "test"),
@@ -90,16 +91,50 @@ def _check_math(name: str, split: str) -> None:
         raise UserError(f"{name} has no split {split!r}: expected {' or '.join(MATH_SPLITS[name])}")
 
 
+def training_split(name: str) -> str:
+    """Return the split of a math set that is trained on.
+
+    Raises:
+        UserError: unknown set (with suggestions), or one without such a split.
+    """
+    split = next((split for split in MATH_SPLITS.get(name, ()) if split.startswith("train")), "train")
+    _check_math(name, split)
+    return split
+
+
+def read_options(row: Mapping[str, Any], answer: str, where: str) -> tuple[str, ...] | None:
+    """Return the choices of a row, None if it has none.
+
+    Raises:
+        UserError: they are not at most ten texts, or ``answer`` is not the letter of one; it begins with ``where``.
+    """
+    options = row.get("options")
+    if not options:
+        return None
+    if not isinstance(options, list) or not all(isinstance(text, str) for text in options):
+        raise UserError(f"{where}: options: expected a list of texts, got {options!r}")
+    letters = OPTION_LETTERS[: len(options)]
+    if len(options) > len(letters):
+        raise UserError(f"{where}: options: expected at most {len(OPTION_LETTERS)}, got {len(options)}")
+    if answer.strip().upper() not in [*letters]:
+        raise UserError(
+            f"{where}: answer: expected one of {', '.join(letters)} for {len(options)} options, got {answer!r}"
+        )
+    return tuple(options)
+
+
 def _math_problem(row: dict[str, Any], path: Path, line: int) -> MathProblem:
     for key in ("question", "answer"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise UserError(f"{path}, line {line}: {key!r}: expected a text, got {row.get(key)!r}")
+    if not isinstance(row.get("solution"), (str, type(None))):
+        raise UserError(f"{path}, line {line}: 'solution': expected a text, got {row['solution']!r}")
     return MathProblem(
         id=str(row.get("id", f"{path.parent.name}-{path.stem}-{line}")),
         question=row["question"],
         answer=row["answer"],
         solution=row.get("solution"),
-        options=tuple(row["options"]) if row.get("options") else None,
+        options=read_options(row, row["answer"], f"{path}, line {line}"),
         source=str(row.get("source", "")),
     )
 
@@ -144,8 +179,9 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
         return
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        with gzip.open(path, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield parse_line(line, f"{path}, line {number}")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None

@@ -95,11 +95,7 @@ def load_problems(name: str, data_dir: Path | None, limit: int | None, seed: int
 
 def prompt(problem: MathProblem, style: str) -> str:
     """Return what the model is asked: the training prompt, for ``direct`` with the answer mark already set."""
-    question = problem.question.strip()
-    if problem.options:
-        listed = " ".join(f"({letter}) {text}" for letter, text in zip("ABCDEFGHIJ", problem.options, strict=False))
-        question = f"{question}\nAnswer Choices: {listed}"
-    return qa_prompt(question) + (f" {ANSWER_MARK}" if style == "direct" else "")
+    return qa_prompt(problem.question, problem.options) + (f" {ANSWER_MARK}" if style == "direct" else "")
 
 
 def grade(problem: MathProblem, completion: str, style: str) -> Grade:

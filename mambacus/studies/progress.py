@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mambacus.data.sources import MATH_SPLITS, math_file
+from mambacus.data.sources import MATH_SPLITS, math_file, training_split
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Record, Stopwatch, read_record, write_record
 from mambacus.studies.plan import Plan, Step, settings_of
@@ -59,7 +59,7 @@ def check_training_data(step: Step) -> None:
             "save a hub data set as JSONL of question and answer, or give --data-dir for the recipe's data_offline"
         )
     elif name != "wordproblems":
-        math_file(folder, name, "train")
+        math_file(folder, name, training_split(name))
 
 
 def _made(step: Step) -> Path:

@@ -1,7 +1,7 @@
 """From a question-answer source to token arrays; whatever is left out is counted.
 
-A training text is ``qa_prompt(question, options) + qa_completion(solution, answer)`` and the end-of-text token. Prompt and
-completion are tokenised apart, because that is what a model meets when it is asked: the tokens of the prompt alone.
+A training text is ``qa_prompt(question, options) + qa_completion(solution, answer)`` and the end-of-text token. Prompt
+and completion are tokenised apart, because that is what a model meets when it is asked: the tokens of the prompt alone.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ def read_examples(source: str, *, data_dir: Path | None = None, seed: int = 0) -
 
     Args:
         source: a JSONL file whose rows hold ``question`` and ``answer`` and may hold ``solution`` and ``options`` (a
-            list of choices; the answer is then a letter); ``wordproblems:N`` (N generated problems); or the name of a math set under ``data_dir``, whose training split is taken
-            (``gsm8k``, or ``gsm8k:1000`` for its first thousand); or the id of a dataset on the hub, ``owner/name``,
-            whose ``train`` split has the columns of the JSONL file.
+            list of choices; the answer is then a letter); ``wordproblems:N`` (N generated problems); or the name of a
+            math set under ``data_dir``, whose training split is taken (``gsm8k``, or ``gsm8k:1000`` for its first
+            thousand); or the id of a dataset on the hub, ``owner/name``, whose ``train`` split has the columns of the
+            JSONL file.
         data_dir: folder of the math sets.
         seed: seed of the generator.
 

@@ -9,6 +9,9 @@ from mambacus.data.prompts import qa_completion, qa_prompt
 
 def test_prompt_is_exact() -> None:
     assert qa_prompt("  How many?\n") == "Question: How many?\nAnswer:"
+    assert qa_prompt("Pick three. ", ["2", "3"]) == "Question: Pick three.\nAnswer Choices: (A) 2 (B) 3\nAnswer:"
+    with pytest.raises(ValueError, match="zip"):
+        qa_prompt("q", ["x"] * 11)
 
 
 @pytest.mark.parametrize(

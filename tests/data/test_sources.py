@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 from pathlib import Path
 
 import pytest
 
-from mambacus.data.sources import MATH_SPLITS, TEXT_FILES, load_math, read_rows, text_files
+from mambacus.data.sources import MATH_SPLITS, TEXT_FILES, load_math, read_rows, text_files, training_split
 from mambacus.runtime.errors import UserError
 
 
@@ -60,6 +61,30 @@ def test_bad_row_is_named(tmp_path: Path) -> None:
         load_math(tmp_path, "svamp", "test")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"options": 5}, "options: expected a list of texts, got 5"),
+        ({"options": ["1", 2]}, "options: expected a list of texts"),
+        ({"options": ["1"] * 11}, "options: expected at most 10, got 11"),
+        ({"options": ["1", "2"], "answer": "C"}, "answer: expected one of A, B for 2 options, got 'C'"),
+        ({"options": ["1", "2"], "answer": "AB"}, "answer: expected one of A, B for 2 options, got 'AB'"),
+        ({"solution": 7}, "'solution': expected a text, got 7"),
+    ],
+)
+def test_bad_options_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    _write(tmp_path / "math" / "aqua" / "test.jsonl", {"question": "q", "answer": "A"} | changes)
+    with pytest.raises(UserError, match=f"line 1: {message}"):
+        load_math(tmp_path, "aqua", "test")
+
+
+def test_each_set_knows_what_it_is_trained_on() -> None:
+    assert [training_split(name) for name in ("gsm8k", "aqua", "wordproblems")] == ["train", "train_flan", "train"]
+    for name, message in (("svamp", "svamp has no split 'train': expected test"), ("gsm9k", "did you mean 'gsm8k'")):
+        with pytest.raises(UserError, match=message):
+            training_split(name)
+
+
 def test_text_files_name_all_that_is_missing(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "books_train_1.jsonl.gz").touch()
@@ -78,6 +103,13 @@ def test_broken_archive_is_named(tmp_path: Path) -> None:
     broken = tmp_path / "b.jsonl.gz"
     broken.write_bytes(gzip.compress(b'{"text": "x"}\n' * 100)[:-20])
     with pytest.raises(UserError, match=str(broken)):
+        list(read_rows(broken))
+    for content in (b"", b"no archive", gzip.compress(b"\xff\xfe"), b"\x1f\x8b\x08" + b"garbage" * 9):
+        broken.write_bytes(content)
+        with pytest.raises(UserError, match=str(broken)) if content else contextlib.nullcontext():
+            list(read_rows(broken))
+    broken.write_bytes(gzip.compress(b'{"text": "x"}\n\n[1]\n'))
+    with pytest.raises(UserError, match="line 3: expected a JSON object"):
         list(read_rows(broken))
 
 

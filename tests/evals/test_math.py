@@ -21,6 +21,7 @@ def test_the_prompt_is_the_training_prompt() -> None:
     assert math.prompt(NUMBER, "cot") == qa_prompt(NUMBER.question) == "Question: What is 2 + 2?\nAnswer:"
     assert math.prompt(NUMBER, "direct") == "Question: What is 2 + 2?\nAnswer: ####"
     assert qa_completion(None, "4") == " #### 4"  # so direct asks for what a row without a solution teaches
+    assert math.prompt(CHOICE, "cot") == qa_prompt(CHOICE.question, CHOICE.options)
     assert math.prompt(CHOICE, "cot") == "Question: Pick three.\nAnswer Choices: (A) 2 (B) 3 (C) 5\nAnswer:"
 
 
