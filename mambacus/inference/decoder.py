@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mambacus.models import MambaLM, MambaState
+from mambacus.models.primed import PrimedModel
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # batch sizes of recorded steps
 _FIRST_ROWS = 4  # rows that memory is made for at first; doubled when they are taken
@@ -31,9 +32,11 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module, base: MambaLM, capacity: int, *, graphs: bool = True) -> None:
-        self._model, self._base, self.capacity = model, base, capacity
+        # From a state, a primed model is the model in it.
+        self._model = model.model if isinstance(model, PrimedModel) else model
+        self._base, self.capacity = base, capacity
         self._pool: MambaState | None = None
-        self._graphs_wanted = graphs and model is base
+        self._graphs_wanted = graphs and self._model is base
         self._graphs: dict[int, tuple[Any, Tensor]] = {}  # bucket -> graph, the logits it writes
         self._graph_memory: Any = None  # shared: one step's numbers are read before the next one's are written
         self._input: Tensor | None = None

@@ -14,6 +14,7 @@ from mambacus.inference.completion import TokenScore
 from mambacus.inference.prefix_cache import PrefixCache
 from mambacus.inference.sampling import SamplingParams, generator_for
 from mambacus.models import MambaLM, MambaState
+from mambacus.models.primed import PrimedModel
 
 SCORED_TOKENS = 512  # positions whose logits over the vocabulary are held at once
 
@@ -191,8 +192,11 @@ class Reader:
         """Return the states as one batch; None where no row has one."""
         if not any(states):
             return None
-        zeros = MambaState.zeros(self._base.config, 1, self._base.device, self._base.dtype)
-        return MambaState.cat([zeros if state is None else state for state in states])
+        if isinstance(self._model, PrimedModel):
+            start = self._model.start()
+        else:
+            start = MambaState.zeros(self._base.config, 1, self._base.device, self._base.dtype)
+        return MambaState.cat([start if state is None else state for state in states])
 
     def _end(self, item: _Reading, logits: Tensor, state: MambaState) -> None:
         """Take note of a prompt that was read to its branch or to its end; ``logits`` is (1, vocabulary)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -47,20 +46,21 @@ def other_base(folder: Path, model: nn.Module) -> str | None:
     if not path.is_file():
         return None
     try:
-        stored: Signature = json.loads(path.read_text(encoding="utf-8"))
-        expected = {name: (float(value), [int(size) for size in shape]) for name, (value, *shape) in stored.items()}
+        return mismatch(json.loads(path.read_text(encoding="utf-8")), model)
     except (ValueError, TypeError, AttributeError):
         raise UserError(f"{path}: not a signature of a model") from None
-    return difference(expected, model)
 
 
-def difference(expected: Mapping[str, tuple[float, list[int]]], model: nn.Module) -> str | None:
-    """Return one clause naming the first parameter that the model lacks or has otherwise, None if it has them all.
+def mismatch(stored: Signature, model: nn.Module) -> str | None:
+    """Compare a stored signature with ``model``.
 
-    Args:
-        expected: name -> middle element and shape.
-        model: the model to compare.
+    Returns:
+        None if they agree, else one clause naming the first parameter that differs.
+
+    Raises:
+        ValueError, TypeError, AttributeError: ``stored`` is not what `signature` returned.
     """
+    expected = {name: (float(value), [int(size) for size in shape]) for name, (value, *shape) in stored.items()}
     ours = dict(model.named_parameters())
     for name, (value, shape) in expected.items():
         if name not in ours:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambacus.models.config import MambaConfig
-from mambacus.models.signature import difference, signature
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import write_bytes_atomic
 
@@ -120,13 +116,8 @@ class MambaState:
                 return f"{name}: expected shape {expected}, got {got}"
         return None
 
-    def save(self, path: str | os.PathLike[str], model: nn.Module | None = None, text: str | None = None) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a safetensors file, atomically.
-
-        Args:
-            path: the file.
-            model: the model whose state it is; the file then knows it, and `load` can refuse another.
-            text: `digest` of the tokens that were read, if known.
 
         Raises:
             UserError: the file cannot be written.
@@ -134,82 +125,23 @@ class MambaState:
         import safetensors.torch
 
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _NAMES}
-        origin = {"format": _FORMAT, "dtype": str(self.conv_state.dtype).removeprefix("torch."), "text": text or ""}
-        if model is not None:
-            origin |= {"model": json.dumps(signature(model)), "name": str(getattr(model, "name_or_path", ""))}
-        write_bytes_atomic(Path(path), safetensors.torch.save(tensors, metadata=origin))
+        write_bytes_atomic(Path(path), safetensors.torch.save(tensors, metadata={"format": _FORMAT}))
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], device: torch.device | str = "cpu", model: nn.Module | None = None
-    ) -> MambaState:
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> MambaState:
         """Read what `save` wrote.
 
-        Args:
-            path: the file.
-            device: where the state goes.
-            model: what will go on from it; the file must come from this model in this dtype.
-
         Raises:
-            UserError: the file is missing, corrupt, no state of ours, or one of another model.
+            UserError: the file is missing, corrupt, or no state of ours.
         """
         import safetensors
 
         try:
             with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
-                origin = file.metadata() or {}
-                if origin.get("format") != _FORMAT or set(file.keys()) != set(_NAMES):
+                if (file.metadata() or {}).get("format") != _FORMAT or set(file.keys()) != set(_NAMES):
                     raise UserError(f"{path}: expected a state written by mambacus ({_FORMAT}), got another file")
-                state = cls(*(file.get_tensor(name) for name in _NAMES))
+                return cls(*(file.get_tensor(name) for name in _NAMES))
         except OSError as error:
             raise UserError(f"cannot read the state {path}: {error.strerror or error}") from None
         except safetensors.SafetensorError as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-        misfit = _other_model(origin, state, model) if model is not None else None
-        if misfit:
-            raise UserError(f"{path}: the state of another model{_quoted(origin.get('name'))}: {misfit}")
-        return state
-
-
-def read_digest(path: str | os.PathLike[str]) -> str | None:
-    """Return the `digest` of the tokens behind a state file that `MambaState.load` has read, None if it is unknown."""
-    import safetensors
-
-    with safetensors.safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("text") or None
-
-
-def digest(tokens: Sequence[int], after: str | None = None) -> str:
-    """Return 64 hexadecimal digits that stand for a text: of its first token's id, then of each further one.
-
-    ``digest(b, digest(a))`` is ``digest(a + b)``, so a state knows its text however it was read.
-    """
-    value = bytes.fromhex(after) if after else b""
-    for token in tokens:
-        value = hashlib.sha256(value + int(token).to_bytes(8, "little")).digest()
-    return value.hex()
-
-
-def _other_model(origin: Mapping[str, str], state: MambaState, model: nn.Module) -> str | None:
-    """Return one clause about why ``model`` cannot go on from a state of this origin, None if it can."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    misfit = state.fits(base.config)
-    if misfit:
-        return misfit
-    if "model" not in origin:
-        return "it does not say which model it is of; it was saved without one"
-    try:
-        values = {name: (float(value), list(shape)) for name, (value, *shape) in json.loads(origin["model"]).items()}
-    except (ValueError, TypeError, AttributeError):
-        return "its description of the model is damaged"
-    names = {name for name, _ in model.named_parameters()}
-    added = sorted(names - values.keys())
-    misfit = difference(values, model) or (f"it has no {added[0]}" if added else None)
-    if misfit:
-        return misfit
-    dtype = str(base.dtype).removeprefix("torch.")
-    return None if origin.get("dtype") == dtype else f"expected dtype {dtype}, got {origin.get('dtype')}"
-
-
-def _quoted(name: str | None) -> str:
-    return f" ({name})" if name else ""

@@ -7,6 +7,7 @@ from typing import Any
 from mambacus.inference import Engine, SamplingParams
 from mambacus.inference.prefix_cache import PrefixCache
 from mambacus.models import MambaLM, MambaState
+from mambacus.models.primed import PrimedModel
 
 SYSTEM = "You are a calculator; answer with a number and nothing else.\n"
 PARAMS = SamplingParams(max_new_tokens=7, ignore_eos=True)
@@ -82,3 +83,17 @@ def test_a_state_in_the_cache_does_not_hold_the_batch_it_came_from(model: MambaL
     assert engine.prefix_cache is not None
     for entry in engine.prefix_cache._entries.values():
         assert entry.state.ssm_state.untyped_storage().nbytes() == entry.state.ssm_state.nbytes
+
+
+def test_documents_of_a_primed_model_begin_from_its_state_also_beside_cached_ones(
+    model: MambaLM, tokenizer: Any
+) -> None:
+    primed = PrimedModel(model, Engine(model, tokenizer).prefill("Always be brief. "))
+    engine = Engine(primed, tokenizer, prefix_cache_bytes=1 << 24)
+    first = engine.generate([SYSTEM], PARAMS)
+    assert first == Engine(model, tokenizer).generate(["Always be brief. " + SYSTEM], PARAMS)
+    both = engine.generate([SYSTEM + "7", "new"], PARAMS)
+    assert both == [
+        Engine(model, tokenizer).generate(["Always be brief. " + t], PARAMS)[0] for t in (SYSTEM + "7", "new")
+    ]
+    assert engine.prefix_cache is not None and engine.prefix_cache.hits == 1

@@ -10,7 +10,6 @@ import torch
 from model_twins import error, small_model, tokens
 
 from mambacus.models import MambaState
-from mambacus.models.state import digest, read_digest
 from mambacus.runtime.errors import UserError
 
 
@@ -125,45 +124,3 @@ def test_fits_names_what_differs() -> None:
     model = small_model()
     assert some_state().fits(model.config) is None
     assert "ssm_state: expected shape" in (some_state().fits(small_model(d_state=4).config) or "")
-
-
-def test_a_file_knows_its_model(tmp_path: Path) -> None:
-    from mambacus.models import load
-
-    model, _ = load("random:micro")
-    path = tmp_path / "state"
-    with torch.no_grad():
-        state = model(torch.tensor([[1, 2, 3]])).state
-    state.save(path, model, digest([1, 2, 3]))
-    assert_equal(MambaState.load(path, model=model), state)
-    assert read_digest(path) == digest([3], digest([1, 2])) != digest([1, 2, 4])
-    other, _ = load("random:micro", seed=1)
-    with pytest.raises(UserError, match=r"of another model \(random:micro\): .* has other values"):
-        MambaState.load(path, model=other)
-    wider, _ = load("random:tiny")
-    with pytest.raises(UserError, match="conv_state: expected shape"):
-        MambaState.load(path, model=wider)
-    half, _ = load("random:micro", dtype=torch.bfloat16)
-    with pytest.raises(UserError, match="expected dtype bfloat16, got float32"):
-        MambaState.load(path, model=half)
-    state.save(path)
-    with pytest.raises(UserError, match="does not say which model"):
-        MambaState.load(path, model=model)
-    assert_equal(MambaState.load(path), state)
-
-
-def test_a_file_of_a_tuned_model_is_not_its_base_models(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    from mambacus.models import load
-
-    base, _ = load("random:micro")
-    with torch.no_grad():
-        state = base(torch.tensor([[1, 2, 3]])).state
-    state.save(tmp_path / "base", base)
-    tuned = get_peft_model(load("random:micro")[0], LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM"))
-    state.save(tmp_path / "tuned", tuned)
-    assert_equal(MambaState.load(tmp_path / "tuned", model=tuned), state)
-    for path, model in (("base", tuned), ("tuned", base)):
-        with pytest.raises(UserError, match="it has no"):
-            MambaState.load(tmp_path / path, model=model)
