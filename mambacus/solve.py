@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mambacus.runtime.config import opt, parse
+from mambacus.runtime.config import MOST_SEED, check, opt, parse
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.outputs import claim_file, items_path
 from mambacus.runtime.records import Record, Stopwatch, write_jsonl_atomic, write_record
@@ -17,27 +17,33 @@ if TYPE_CHECKING:
     from mambacus.data.problems import MathProblem
 
 
+BENCHES = (
+    "wordproblems", "wordproblems_reworded", "wordproblems_novel", "gsm8k", "svamp", "asdiv", "mawps", "gsm_hard",
+    "aqua",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Flags of ``mambacus solve``."""
 
     model: str = opt(help="tiny, a model folder, a hub id or random:SIZE; any Hugging Face causal LM", metavar="M")
-    bench: tuple[str, ...] = opt(help="wordproblems, wordproblems_reworded, wordproblems_novel, gsm8k, svamp, asdiv, mawps, gsm_hard, aqua", metavar="A,B")
+    bench: tuple[str, ...] = opt(help=", ".join(BENCHES), choices=BENCHES, metavar="A,B")
     out: Path = opt(help="record to write; items go to <stem>.items.jsonl beside it", metavar="FILE.json")
     adapter: Path | None = opt(None, "folder of a PEFT adapter to attach", metavar="DIR")
-    limit: int | None = opt(None, "problems of each bench; default: all, of wordproblems 1000", metavar="N")
-    samples: int = opt(1, "completions of each problem; above 1 adds pass@k and maj@k", metavar="K")
+    limit: int | None = opt(None, "problems of each bench; default: all, of wordproblems 1000", least=1, metavar="N")
+    samples: int = opt(1, "completions of each problem; above 1 adds pass@k and maj@k", least=1, metavar="K")
     style: str = opt("cot", "cot: the model reasons first; direct: it must answer at once", choices=("cot", "direct"))
-    temperature: float = opt(0.0, "of sampling; 0 is greedy")
-    top_k: int = opt(0, "sample from the k likeliest tokens; 0: all")
-    top_p: float = opt(1.0, "sample from the likeliest tokens that hold this share of probability")
-    max_new_tokens: int = opt(256, "longest completion in tokens")
-    batch_size: int = opt(32, "prompts decoded together")
+    temperature: float = opt(0.0, "of sampling; 0 is greedy", least=0)
+    top_k: int = opt(0, "sample from the k likeliest tokens; 0: all", least=0)
+    top_p: float = opt(1.0, "sample from the likeliest tokens that hold this share of probability", above=0, most=1)
+    max_new_tokens: int = opt(256, "longest completion in tokens", least=1)
+    batch_size: int = opt(32, "prompts decoded together", least=1)
     data_dir: Path | None = opt(None, "folder of the math sets", metavar="DIR")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
-    dtype: str = opt("float32", "dtype of the weights: float32, bfloat16 or float16")
-    seed: int = opt(0, "seed of sampling")
-    problem_seed: int = opt(0, "seed of the generated wordproblems")
+    dtype: str = opt("float32", "dtype of the weights", choices=("float32", "bfloat16", "float16"))
+    seed: int = opt(0, "seed of sampling", least=0, most=MOST_SEED)
+    problem_seed: int = opt(0, "seed of the generated wordproblems", least=0, most=MOST_SEED)
     label: str | None = opt(None, "name of the model in reports; default: from --model and --adapter", metavar="NAME")
     implementation: str = opt("auto", "auto: ours for Mamba, else transformers", choices=("auto", "mambacus", "hf"))
     overwrite: bool = opt(False, "replace an existing record")
@@ -71,16 +77,15 @@ def run(config: Config) -> Record:
 
 
 def _check(config: Config) -> None:
-    for name in ("limit", "samples", "max_new_tokens", "batch_size"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: expected 1 or more, got {value}")
-    if config.temperature < 0:
-        raise UserError(f"--temperature: expected 0 or more, got {config.temperature}")
+    faults = []
     if config.samples > 1 and config.temperature == 0:
-        raise UserError(f"--samples {config.samples}: greedy samples are all equal; add --temperature, for example 0.7")
+        faults.append(f"--samples {config.samples}: greedy samples are all equal; add --temperature, for example 0.7")
+    repeated = sorted({name for name in config.bench if config.bench.count(name) > 1})
+    if repeated:
+        faults.append(f"--bench: {', '.join(repeated)} given more than once")
     if not config.bench:
-        raise UserError("--bench: expected at least one bench")
+        faults.append("--bench: expected at least one bench")
+    check(config, *faults)
 
 
 def _engine(config: Config) -> Any:

@@ -45,7 +45,8 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> tuple[list[Any], 
     managers = {name: local if hub is None or name in PACKAGED_TASKS else hub for name in names}
     unknown = [name for name, manager in managers.items() if name not in manager.task_index]
     if unknown:
-        raise UserError(_unknown(unknown, (hub or local).all_tasks, data_dir))
+        known = [*local.all_tasks, *(hub.all_tasks if hub is not None else ())]
+        raise UserError(_unknown(unknown, known, data_dir))
     tasks: list[Any] = []
     with quiet():
         for name, manager in managers.items():

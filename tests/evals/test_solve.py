@@ -78,7 +78,10 @@ def test_direct_answers_are_asked_for_after_the_mark(checkpoint: Any, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "random:micro", "--bench", "gsm8"], "unknown bench 'gsm8'"),
+        (["--model", "random:micro", "--bench", "gsm8"], "--bench: expected one of wordproblems"),
+        (["--model", "random:micro", "--bench", "wordproblem"], "did you mean 'wordproblems'"),
+        (["--model", "random:micro", "--bench", "gsm8k,gsm8k"], "--bench: gsm8k given more than once"),
+        (["--model", "random:micro", "--bench", "gsm8k", "--top-p", "nan"], "--top-p: expected more than 0"),
         (["--model", "random:micro", "--bench", "gsm8k"], "--data-dir"),
         (["--model", "random:micro", "--bench", "wordproblems", "--samples", "4"], "greedy samples are all equal"),
         (["--model", "random:micro", "--bench", "wordproblems", "--limit", "0"], "--limit: expected 1 or more"),
@@ -93,6 +96,12 @@ def test_faults_are_one_line(
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("mambacus solve: error: ") and message in line
     assert not out.exists()
+
+
+def test_the_benches_are_those_that_can_be_loaded() -> None:
+    from mambacus.evals.math import BENCHES
+
+    assert tuple(BENCHES) == solve.BENCHES
 
 
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
