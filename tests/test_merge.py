@@ -64,7 +64,7 @@ def test_the_merged_folder_gives_the_attached_logits_here_and_in_transformers(
     from transformers import AutoTokenizer, MambaForCausalLM
 
     source: Path = request.getfixturevalue(which)
-    record = merge.run(merge.Config(adapter=source, out=tmp_path / "merged"))
+    record = merge.run(merge.Config(adapter=(source,), out=tmp_path / "merged"))
     expected = attached_logits(source / "adapter")
     scale = expected.abs().max()
     ours, tokenizer = load(tmp_path / "merged")
@@ -84,8 +84,8 @@ def test_the_merged_folder_gives_the_attached_logits_here_and_in_transformers(
 
 
 def test_the_cast_comes_last_and_its_cost_is_told(run: Path, tmp_path: Path) -> None:
-    record = merge.run(merge.Config(adapter=run / "adapter", out=tmp_path / "merged", dtype="bfloat16"))
-    exact = merge.run(merge.Config(adapter=run / "adapter", out=tmp_path / "exact"))
+    record = merge.run(merge.Config(adapter=(run / "adapter",), out=tmp_path / "merged", dtype="bfloat16"))
+    exact = merge.run(merge.Config(adapter=(run / "adapter",), out=tmp_path / "exact"))
     cast, gate = record.results["after_cast"], record.results["gate"]
     assert gate == exact.results["gate"]
     assert cast["dtype"] == "bfloat16"
@@ -112,7 +112,7 @@ def test_a_merge_that_does_not_agree_is_refused_and_leaves_nothing(
 
     monkeypatch.setattr(folding, "merge", tampered)
     with pytest.raises(UserError, match=r"merge refused.*nothing was written"):
-        merge.run(merge.Config(adapter=run, out=tmp_path / "merged"))
+        merge.run(merge.Config(adapter=(run,), out=tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
 
 
@@ -159,7 +159,7 @@ def test_a_damaged_adapter_is_one_line(
 def test_an_adapter_for_another_model_is_refused(run: Path, tmp_path: Path) -> None:
     for model in ("random:tiny", str(other_micro(tmp_path))):
         with pytest.raises(UserError, match="made for random:micro, does not fit"):
-            merge.run(merge.Config(adapter=run, out=tmp_path / "merged", model=model))
+            merge.run(merge.Config(adapter=(run,), out=tmp_path / "merged", model=model))
     assert not (tmp_path / "merged").exists()
 
 
@@ -175,7 +175,7 @@ def other_micro(folder: Path) -> Path:
 def test_an_occupied_folder_is_left_alone(run: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="expected a new or empty folder"):
-        merge.run(merge.Config(adapter=run, out=tmp_path))
+        merge.run(merge.Config(adapter=(run,), out=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
@@ -194,3 +194,23 @@ def test_what_a_user_can_get_wrong_is_one_line(
     error = capsys.readouterr().err.strip()
     assert "\n" not in error
     assert words in error
+
+
+def test_several_adapters_are_combined(run: Path, tied_run: Path, tmp_path: Path) -> None:
+    both = (run, tied_run)
+    record = merge.run(merge.Config(adapter=both, weights=(0.5, 1.0), out=tmp_path / "sum"))
+    assert [found["adapter"] for found in record.results["gates"]] == [str(path / "adapter") for path in both]
+    assert record.results["untied"]
+    assert len(record.results["from_each"]) == 2
+    alone = [merge.run(merge.Config(adapter=(path,), out=tmp_path / path.parent.name)) for path in both]
+    assert not any("gates" in found.results for found in alone)
+    base = dict(load("random:micro")[0].named_parameters())
+    first, second, total = (
+        load_file(tmp_path / name / "model.safetensors") for name in (run.parent.name, tied_run.parent.name, "sum")
+    )
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    wanted = base[name] + 0.5 * (first[name] - base[name]) + (second[name] - base[name])
+    assert torch.allclose(total[name], wanted, atol=1e-6)
+    for rule in ("ties", "dare"):
+        merge.run(merge.Config(adapter=both, combine=rule, density=0.5, out=tmp_path / rule))
+        assert not torch.equal(load_file(tmp_path / rule / "model.safetensors")[name], total[name])

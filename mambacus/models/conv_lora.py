@@ -36,33 +36,37 @@ class CausalConvLora(nn.Module, LoraLayer):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **rest: Any) -> None:
         """Add an adapter (PEFT's word and signature)."""
-        weight = self.get_base_layer().weight  # (d_inner, 1, d_conv)
+        base: Any = self.get_base_layer()
+        weight: Tensor = base.weight  # (d_inner, 1, d_conv)
         self.use_rslora[adapter_name] = config.use_rslora
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         r = min(r, weight.shape[-1])
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.lora_dropout[adapter_name] = nn.Identity()
-        self.lora_A[adapter_name] = nn.Linear(weight.shape[-1], r, bias=False)
-        self.lora_B[adapter_name] = nn.Linear(r, weight.shape[0], bias=False)
-        nn.init.kaiming_uniform_(self.lora_A[adapter_name].weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B[adapter_name].weight)
+        down, up = nn.Linear(weight.shape[-1], r, bias=False), nn.Linear(r, weight.shape[0], bias=False)
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+        nn.init.zeros_(up.weight)
+        self.lora_A[adapter_name], self.lora_B[adapter_name] = down, up
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return what ``adapter`` adds to the taps, (d_inner, 1, d_conv)."""
-        change: Tensor = self.lora_B[adapter].weight @ self.lora_A[adapter].weight * self.scaling[adapter]
+        up: Any = self.lora_B[adapter].weight  # (d_inner, rank)
+        down: Any = self.lora_A[adapter].weight  # (rank, d_conv)
+        change: Tensor = up @ down * self.scaling[adapter]
         return change[:, None]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Filter as `CausalConv1d` does, with the changed taps."""
+        base: Any = self.base_layer
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
-        weight = self.base_layer.weight
+            return base(x, *args, **kwargs)
+        weight = base.weight
         for name in active:
             weight = weight + self.get_delta_weight(name).to(weight.dtype)
-        return functional_call(self.base_layer, {"weight": weight}, (x, *args), kwargs)
+        return functional_call(base, {"weight": weight}, (x, *args), kwargs)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -73,7 +77,7 @@ class CausalConvLora(nn.Module, LoraLayer):
         """
         for name in adapter_names or self.active_adapters:
             if name in self.lora_A and name not in self.merged_adapters:
-                base = self.get_base_layer()
+                base: Any = self.get_base_layer()
                 weight = base.weight + self.get_delta_weight(name).to(base.weight.dtype)
                 if safe_merge and not weight.isfinite().all():
                     raise ValueError(f"the merged taps are not finite; the adapter {name} seems to be broken")
@@ -83,5 +87,6 @@ class CausalConvLora(nn.Module, LoraLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take the change out again."""
+        base: Any = self.get_base_layer()
         while self.merged_adapters:
-            self.get_base_layer().weight.sub_(self.get_delta_weight(self.merged_adapters.pop()))
+            base.weight.sub_(self.get_delta_weight(self.merged_adapters.pop()))

@@ -43,7 +43,7 @@ class LowRank(nn.Module):
         self.base_layer = base_layer
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
-        like = {"device": base_layer.weight.device, "dtype": torch.float32}
+        like: Any = {"device": base_layer.weight.device, "dtype": torch.float32}
         self.A = nn.Parameter(torch.empty(rank, base_layer.in_features, **like))
         self.B = nn.Parameter(torch.zeros(rows, rank, **like))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -143,7 +143,7 @@ class MoreStates(nn.Module):
         self.base_layer = base_layer
         self.split = split
         bound = base_layer.in_features**-0.5
-        like = {"device": base_layer.weight.device, "dtype": torch.float32}
+        like: Any = {"device": base_layer.weight.device, "dtype": torch.float32}
         self.B = nn.Parameter(torch.empty(extra, base_layer.in_features, **like).uniform_(-bound, bound))
         self.C = nn.Parameter(torch.zeros(extra, base_layer.in_features, **like))
 

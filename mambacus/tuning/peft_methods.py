@@ -1,8 +1,8 @@
 """The weight-space methods of ``peft`` by name, each with its own configuration keys; PEFT's pages name the papers.
 
 Left out, though PEFT has them for linear layers: AdaLoRA (its loss term and its rank schedule need PEFT's own output
-type and loop), GLoRA (takes no subclass of ``nn.Linear``), Poly and X-LoRA (need a task or a router), Lily and BEFT (cannot
-be merged), VB-LoRA, FRoD, PEANuT, OSF, AdaMSS, DEFT, PVeRA, TinyLoRA and Uni-LoRA (not tried).
+type and loop), GLoRA (takes no subclass of ``nn.Linear``), Poly and X-LoRA (need a task or a router), Lily and BEFT (no
+merge), VB-LoRA, FRoD, PEANuT, OSF, AdaMSS, DEFT, PVeRA, TinyLoRA and Uni-LoRA (not tried).
 """
 
 from __future__ import annotations
