@@ -23,7 +23,7 @@ class Config:
     out: Path = opt(Path("runs/demo"), "folder of the study", metavar="DIR")
     resume: bool = opt(False, "continue an interrupted demo")
     model: str = opt("tiny", "another Mamba model in place of the embedded one: a folder, a hub id or random:SIZE")
-    limit: int = opt(0, "problems asked and optimiser steps (0: the recipe's); for a quick look only")
+    limit: int = opt(0, "problems asked and optimiser steps (0: the recipe's); for a quick look only", least=0)
 
 
 def run(config: Config) -> Record:

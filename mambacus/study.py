@@ -10,9 +10,9 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mambacus.runtime.config import opt, parse
+from mambacus.runtime.config import check, opt, parse
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Record, Stopwatch, read_record
 
@@ -33,7 +33,7 @@ class Config:
     resume: bool = opt(False, "continue: steps whose records are there are skipped")
     dry_run: bool = opt(False, "print the plan and run nothing")
     models: tuple[str, ...] = opt((), "labels of the recipe to keep, or other models that stand in for them")
-    limit: int = opt(0, "documents a task, problems a bench, steps a fine-tuning (0: the recipe's)")
+    limit: int = opt(0, "documents a task, problems a bench, steps a fine-tuning (0: the recipe's)", least=0)
     data_dir: Path | None = opt(None, "local data folder instead of the hub", metavar="DIR")
     device: str = opt("", "auto, cpu, cuda or cuda:N (default: the recipe's)")
 
@@ -52,8 +52,7 @@ def prepare(config: Config) -> tuple[Recipe, Plan]:
     from mambacus.studies.plan import Overrides, make_plan
     from mambacus.studies.recipe import choose_models, read_recipe
 
-    if config.limit < 0:
-        raise UserError(f"--limit: expected 0 or more, got {config.limit}")
+    check(config)
     if config.data_dir is not None and not config.data_dir.is_dir():
         raise UserError(f"--data-dir {config.data_dir}: no such folder")
     recipe, notes = choose_models(read_recipe(config.recipe), config.models)
@@ -74,15 +73,13 @@ def run(config: Config) -> Record:
         UserError: a fault of a step, naming the stage and how to go on; or an ``out`` that holds another study.
     """
     from mambacus.runtime.outputs import claim_directory
-    from mambacus.studies.progress import check_training_data, is_done, write_ledger
+    from mambacus.studies.progress import is_done, write_ledger
 
     watch = Stopwatch()
     recipe, plan = prepare(config)
+    check_inputs(recipe, plan)
     claim_directory(plan.out, "study", {"recipe": recipe.name}, resume=config.resume)
     done = [is_done(step, plan.out) for step in plan.steps]  # all checked before the first long step
-    for step, finished in zip(plan.steps, done, strict=True):
-        if step.verb == "finetune" and not finished:
-            check_training_data(step)
     ledger = write_ledger(plan, recipe, config, watch)
     say(*plan.notes)
     for number, step in enumerate(plan.steps, start=1):
@@ -97,6 +94,54 @@ def run(config: Config) -> Record:
     say(f"\n{len(plan.steps) + 1}/{len(plan.steps) + 1}  report", style="bold")
     draw_report(plan)
     return ledger
+
+
+def check_inputs(recipe: Recipe, plan: Plan) -> None:
+    """Find now what would stop the study after hours: a model, device, method or data that cannot be had.
+
+    Weights are not fetched and tasks not looked up: the first step does that.
+
+    Raises:
+        UserError: naming the model or the stage.
+    """
+    from mambacus.evals.baselines import choose_implementation
+
+    for entry in recipe.models:
+        ours = choose_implementation(entry.source, "auto") == "mambacus"
+        if entry.role == "subject" and recipe.finetune and not ours:
+            raise UserError(
+                f"recipe {recipe.name}: model {entry.label}: fine-tuning needs a Mamba model, {entry.source} is none; "
+                "give it the role baseline"
+            )
+    read: set[tuple[Any, ...]] = set()
+    for step in plan.steps:
+        if not step.record.exists():
+            try:
+                _check_step(step, read)
+            except UserError as error:
+                raise UserError(f"stage {step.name}: {error}") from None
+
+
+def _check_step(step: Step, read: set[tuple[Any, ...]]) -> None:
+    """Check what `check_inputs` promises of one step; ``read`` holds the training data that were read already."""
+    from mambacus.evals.math import check_bench
+    from mambacus.runtime.device import resolve_device
+    from mambacus.tuning.data import read_examples
+    from mambacus.tuning.methods import find_method
+
+    settings = step.config
+    if hasattr(settings, "device"):
+        resolve_device(settings.device)
+    if step.verb == "solve":
+        for bench in settings.bench:
+            check_bench(bench, settings.data_dir)
+    if step.verb == "finetune":
+        find_method(settings.method)
+        source = (settings.data, settings.data_dir, settings.seed)
+        if source not in read:
+            for _ in read_examples(settings.data, data_dir=settings.data_dir, seed=settings.seed):
+                pass  # reading is checking
+            read.add(source)
 
 
 def run_step(step: Step) -> Record:

@@ -137,12 +137,18 @@ def test_a_fault_of_the_program_keeps_its_traceback_and_names_the_stage(stubs, r
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ("owner/orca", "'owner/orca' is neither a JSONL file nor one of gsm8k"),
-        ("none.jsonl", "no such file: none.jsonl"),
+        ("owner/orca", "--data owner/orca: no such file, and not to be had from the hub"),
+        ("none.jsonl", "cannot read none.jsonl"),
         ("gsm8k", "the math set 'gsm8k'"),
     ],
 )
-def test_training_data_is_looked_for_before_the_baselines_run(stubs, recipe, tmp_path, capsys, data, words):
+def test_training_data_is_looked_for_before_the_baselines_run(
+    stubs, recipe, tmp_path, capsys, monkeypatch, data, words
+):
+    def unreachable(name, split):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
     recipe.write_text(RECIPE.replace("wordproblems:10", data))
     assert run_study(recipe, tmp_path / "s") == 2
     assert words in capsys.readouterr().err
@@ -231,6 +237,37 @@ def test_dry_run_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "words"),
+    [
+        (("source: tiny", "source: nowhere/at/all"), [], "model 'nowhere/at/all': no such folder"),
+        (("source: tiny", 'source: "random:7b"'), [], "expected random:SIZE"),
+        (("source: tiny", "source: {gpt2}"), [], "model m: fine-tuning needs a Mamba model"),
+        (("", ""), ["--device", "gpu"], "stage baseline: evaluate m: --device: expected auto, cpu, cuda or cuda:N"),
+        (("data: ", "method: lorra, data: "), [], "stage finetune: finetune m+lora: --method: expected one of"),
+        (("wordproblems:10", "wordprblems:10"), [], "did you mean 'wordproblems'"),
+        (("wordproblems:10", "{broken}"), [], "broken.jsonl, line 2: not valid JSON"),
+        (("wordproblems:10", "gone.jsonl"), [], "cannot read gone.jsonl"),
+        (("[wordproblems]", "[gsm8k]"), [], "stage baseline: solve m: --data-dir: missing"),
+        (("[wordproblems]", "[gsm8k]"), ["--data-dir", "{empty}"], "expected a file"),
+    ],
+)
+def test_what_would_stop_it_after_hours_is_found_first(tmp_path, monkeypatch, capsys, change, flags, words):
+    places = {name: tmp_path / name for name in ("gpt2", "empty", "broken.jsonl")}
+    places["gpt2"].mkdir()
+    places["empty"].mkdir()
+    (places["gpt2"] / "config.json").write_text('{"model_type": "gpt2"}')
+    places["broken.jsonl"].write_text('{"question": "q", "answer": "1"}\n{"question":\n')
+    paths = {name.removesuffix(".jsonl"): path for name, path in places.items()}
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.replace(change[0], change[1].format(**paths)) if change[0] else RECIPE)
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", str(recipe), "--out", "s", *(flag.format(**paths) for flag in flags)]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(

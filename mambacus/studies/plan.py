@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mambacus.runtime.config import from_mapping
+from mambacus.runtime.config import check, from_mapping
 from mambacus.runtime.errors import UserError
 from mambacus.studies.recipe import ModelEntry, Recipe, Variant
 
@@ -92,7 +92,8 @@ def make_plan(recipe: Recipe, out: Path, configs: Mapping[str, type], overrides:
         overrides: changes from the command line.
 
     Raises:
-        UserError: a setting the command does not know, of the wrong type, or a required one that is missing.
+        UserError: a setting the command does not know, of the wrong type or out of range, or a required one that is
+            missing.
     """
     planner = _Planner(recipe, out, configs, overrides)
     for entry in recipe.models:
@@ -215,7 +216,9 @@ class _Planner:
         missing = [f.name for f in dataclasses.fields(config_class) if _required(f) and f.name not in checked]
         if missing:
             raise UserError(f"{where}: missing key {', '.join(map(repr, missing))}")
-        self.steps.append(Step(stage, verb, label, config_class(**checked), record, needs))
+        config = config_class(**checked)
+        check(config, where=where)
+        self.steps.append(Step(stage, verb, label, config, record, needs))
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
@@ -251,6 +254,8 @@ def settings_of(values: Mapping[str, Any], out: str) -> dict[str, Any]:
 
 
 def _relative(value: Any, out: str) -> Any:
+    if isinstance(value, list):
+        return [_relative(part, out) for part in value]
     if isinstance(value, str) and value.startswith(out.rstrip("/") + "/"):
         return "OUT/" + value[len(out.rstrip("/")) + 1 :]
     return value

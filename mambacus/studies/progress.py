@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mambacus.data.sources import MATH_SPLITS, math_file, training_split
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Record, Stopwatch, read_record, write_record
 from mambacus.studies.plan import Plan, Step, settings_of
@@ -40,26 +39,6 @@ def is_done(step: Step, out: Path) -> bool:
         if _finished(read_record(needed)) > _started(record):
             raise UserError(f"stage {step.name}: {step.record} is older than {needed}, which it is made from; {remedy}")
     return True
-
-
-def check_training_data(step: Step) -> None:
-    """Check that the data of a finetune step can be read, before the baselines take their hours.
-
-    Raises:
-        UserError: it is neither a file nor a set that ``--data`` knows, or its file is not there.
-    """
-    data, folder = str(step.config.data), step.config.data_dir
-    name = data.partition(":")[0]
-    if data.endswith((".jsonl", ".json")) or Path(data).is_file():
-        if not Path(data).expanduser().is_file():
-            raise UserError(f"stage {step.name}: training data: no such file: {data}")
-    elif name not in MATH_SPLITS:
-        raise UserError(
-            f"stage {step.name}: training data {data!r} is neither a JSONL file nor one of {', '.join(MATH_SPLITS)}; "
-            "save a hub data set as JSONL of question and answer, or give --data-dir for the recipe's data_offline"
-        )
-    elif name != "wordproblems":
-        math_file(folder, name, training_split(name))
 
 
 def _made(step: Step) -> Path:

@@ -7,10 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mambacus.runtime.config import from_mapping
 from mambacus.runtime.errors import UserError, suggest
+from mambacus.runtime.yaml_files import read_mapping
 
 PACKAGED = resources.files("mambacus") / "recipes"
 ROLES = ("subject", "baseline")
@@ -80,6 +79,7 @@ class Recipe:
 
 
 _MODEL_HINTS = {"label": str, "source": str, "role": str, "group": str, "download_gb": float}
+_PLAIN_HINTS = {"title": str, "description": str, "check_attached": bool}
 _KEYS = tuple(field.name for field in dataclasses.fields(Recipe) if field.name != "name")
 
 
@@ -92,27 +92,20 @@ def read_recipe(name: str) -> Recipe:
     """Read a recipe file, or a packaged recipe by its bare name (``cs5242``).
 
     Raises:
-        UserError: no such file or packaged recipe, not YAML, or an unknown, missing or wrong key; all named.
+        UserError: no such file or packaged recipe, not YAML, or an unknown, missing, repeated or wrong key.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.exists():
         if not path.is_file():
             raise UserError(f"no such recipe: {name} (packaged ones, by name: {', '.join(packaged_recipes())})")
-        text, stem = path.read_text(encoding="utf-8"), path.stem
-    else:
-        if name not in packaged_recipes():
-            known = packaged_recipes()
-            raise UserError(
-                f"no such recipe: {name!r}; expected a .yaml file or one of {', '.join(known)}{suggest(name, known)}"
-            )
-        text, stem = (PACKAGED / f"{name}.yaml").read_text(encoding="utf-8"), name
-    try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"recipe {name}: expected keys and values, got {type(loaded).__name__}")
-    return _recipe(stem, loaded, f"recipe {name}")
+        return _recipe(path.stem, read_mapping(path, "recipe"), f"recipe {name}")
+    known = packaged_recipes()
+    if name not in known:
+        raise UserError(
+            f"no such recipe: {name!r}; expected a .yaml file or one of {', '.join(known)}{suggest(name, known)}"
+        )
+    with resources.as_file(PACKAGED / f"{name}.yaml") as packaged:
+        return _recipe(name, read_mapping(packaged, "recipe"), f"recipe {name}")
 
 
 def _recipe(stem: str, loaded: dict[str, Any], where: str) -> Recipe:
@@ -129,17 +122,21 @@ def _recipe(stem: str, loaded: dict[str, Any], where: str) -> Recipe:
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
             raise UserError(f"{where}: {what}: label {', '.join(repeated)} is given more than once")
+    plain = {key: loaded[key] for key in _PLAIN_HINTS if key in loaded}
+    about: dict[str, Any] = {"title": stem, "description": "", "check_attached": False} | from_mapping(
+        plain, _PLAIN_HINTS, where
+    )
     return Recipe(
         name=stem,
-        title=str(loaded.get("title", stem)),
-        description=" ".join(str(loaded.get("description", "")).split()),
+        title=about["title"],
+        description=" ".join(about["description"].split()),
         models=models,
         finetune=variants,
         merge=_mapping(loaded.get("merge", {}), f"{where}: merge"),
         evaluate=_mapping(loaded["evaluate"], f"{where}: evaluate") if loaded.get("evaluate") else None,
         solve=_mapping(loaded["solve"], f"{where}: solve") if loaded.get("solve") else None,
         bench=tuple(_mapping(row, f"{where}: bench") for row in _list(loaded, "bench", where)),
-        check_attached=bool(loaded.get("check_attached", False)),
+        check_attached=about["check_attached"],
     )
 
 

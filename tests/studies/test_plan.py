@@ -53,7 +53,7 @@ def test_stages_in_order():
 
 def test_the_tuned_model_is_what_merge_or_full_tuning_leaves():
     steps = {(step.stage, step.label): step for step in plan_of().steps}
-    assert steps["merge", "m+lora"].config.adapter == OUT / "finetune/m+lora/adapter"
+    assert steps["merge", "m+lora"].config.adapter == (OUT / "finetune/m+lora/adapter",)
     assert steps["solve", "m+lora"].config.model == "runs/x/merge/m+lora"
     assert steps["solve", "m+full"].config.model == "runs/x/finetune/m+full/model"
     assert steps["solve", "m+lora"].needs == (OUT / "merge/m+lora/record.json",)
@@ -98,6 +98,13 @@ def test_a_limit_reaches_every_stage_and_is_told():
         ({"solve": {"bench": ["gsm8k"], "limit": "many"}}, "solve of m: key 'limit': expected int, got 'many'"),
         ({"finetune": (Variant("x", {"data": "d", "rang": 3}),)}, "finetune of m\\+x: unknown key 'rang'"),
         ({"evaluate": {"limit": 3}}, "evaluate of m: missing key 'tasks'"),
+        ({"evaluate": {"tasks": None}}, "evaluate of m: key 'tasks': expected str, got None"),
+        ({"evaluate": {"tasks": ["piqa"], "limit": 0}}, "r: evaluate of m: --limit: expected 1 or more, got 0"),
+        ({"solve": {"bench": ["gsm8"]}}, "solve of m: --bench: expected one of .*did you mean 'gsm8k'"),
+        ({"solve": {"bench": ["gsm8k"], "style": "foo"}}, "solve of m: --style: expected one of"),
+        ({"bench": ({"what": "trian"},)}, "did you mean 'train'"),
+        ({"finetune": (Variant("x", {"data": "d", "lr": float("nan")}),)}, "--lr: expected 0 or more, got nan"),
+        ({"merge": {"dtype": "float23"}}, "merge of m\\+lora: --dtype: expected one of"),
     ],
 )
 def test_faults_in_settings_are_found_before_anything_runs(changes, words):

@@ -54,7 +54,7 @@ def test_the_original_study_in_full():
     [
         ("models: []", "at least one entry under models"),
         ("modells: [x]", "unknown key 'modells'; did you mean 'models'"),
-        ("[1, 2]", "expected keys and values, got list"),
+        ("[1, 2]", "expected keys and values, got a list"),
         ("models: {a: b}", "models: expected a list"),
         ("models: [{label: a}]", "models\\[0\\]: missing key 'source'"),
         ("models: [{label: a, source: tiny, rolle: x}]", "unknown key 'rolle'; did you mean 'role'"),
@@ -63,12 +63,36 @@ def test_the_original_study_in_full():
         ("models: [{label: a, source: tiny}]\nfinetune: [{label: x}]", "finetune\\[0\\]: missing key 'data'"),
         ("models: [{label: a, source: tiny}]\nsolve: 3", "solve: expected keys and values, got 3"),
         ("a: b: c", "is not valid YAML"),
+        ("", "expected keys and values, got an empty file"),
+        ("models: [{label: a, source: tiny}]\ntitle: [a]", "key 'title': expected str"),
+        (
+            "models: [{label: a, source: tiny}]\ncheck_attached: maybe",
+            "key 'check_attached': expected bool, got 'maybe'",
+        ),
+        ("models: [{label: a, source: tiny}]\nmodels: []", "found the key 'models' twice"),
+        ("models: [{label: a, source: null}]", "key 'source': expected str, got None"),
     ],
 )
 def test_faults_are_named(tmp_path, text, words):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match=words):
         read_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_files_that_hold_no_recipe(tmp_path):
+    for name, content, words in (
+        ("utf16.yaml", "models: []".encode("utf-16"), "it is not UTF-8 text"),
+        ("binary.yaml", bytes(range(256)), "it is not UTF-8 text"),
+        ("code.yaml", b"a: !!python/object/apply:os.system ['touch ran']", "is not valid YAML"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            read_recipe(str(tmp_path / name))
+    (tmp_path / "dir.yaml").mkdir()
+    with pytest.raises(UserError, match="no such recipe"):
+        read_recipe(str(tmp_path / "dir.yaml"))
+    (tmp_path / "marked.yaml").write_bytes(b"\xef\xbb\xbf" + SMALL.replace("\n", "\r\n").encode())
+    assert read_recipe(str(tmp_path / "marked.yaml")).title == "T"
 
 
 def test_a_missing_recipe_names_the_packaged_ones():
