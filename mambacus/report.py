@@ -11,7 +11,8 @@ from pathlib import Path
 
 from mambacus.runtime.config import opt, parse
 from mambacus.runtime.errors import UserError
-from mambacus.runtime.records import Record, Stopwatch, write_bytes_atomic, write_record
+from mambacus.runtime.outputs import check_writable, claim_file
+from mambacus.runtime.records import Record, Stopwatch, read_record, write_bytes_atomic, write_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +37,13 @@ def run(config: Config) -> Record:
 
     Raises:
         UserError: a file that is no record, a folder without any, an unknown label, or an existing page without
-            ``overwrite``.
+            ``overwrite``. The record of a measurement is never overwritten.
     """
     from mambacus.reporting.page import build, render
     from mambacus.reporting.sources import collect
 
     watch = Stopwatch()
-    if config.out.exists() and not config.overwrite:
-        raise UserError(f"--out {config.out} exists; choose another name or add --overwrite")
-    if config.out.suffix != ".html":
-        raise UserError(f"--out: expected a name ending in .html, got {str(config.out)!r}")
+    _check_outputs(config)
     sources = collect(config.records)
     page = build(sources, title=config.title, pairs=config.pairs, root=config.out.parent)
     html = render(page).encode()
@@ -69,6 +67,20 @@ def run(config: Config) -> Record:
     record = watch.record("report", page.title, config, results)
     write_record(config.out.with_suffix(".json"), record)
     return record
+
+
+def _check_outputs(config: Config) -> None:
+    if config.out.suffix != ".html":
+        raise UserError(f"--out: expected a name ending in .html, got {str(config.out)!r}")
+    record = config.out.with_suffix(".json")
+    if record.is_file() and read_record(record).kind != "report":
+        raise UserError(
+            f"--out {config.out}: its record would replace {record}, which is no report's; choose another name"
+        )
+    for path in (config.out, record):
+        claim_file(path, overwrite=config.overwrite)
+    if config.png is not None:
+        check_writable(config.png, "--png")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -58,6 +58,11 @@ def test_a_record_alone_is_enough(tmp_path):
     assert "<h1>Mine</h1>" in (tmp_path / "r.html").read_text()
 
 
+def _change(folder, **parts):
+    file = write_solve(folder / "a.json", "m", {"gsm8k": [True]})
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+
+
 @pytest.mark.parametrize(
     ("make", "arguments", "words"),
     [
@@ -65,10 +70,18 @@ def test_a_record_alone_is_enough(tmp_path):
         (lambda d: None, [], "expected at least one record"),
         (lambda d: (d / "empty").mkdir(), ["empty"], "found none"),
         (lambda d: (d / "x.json").write_text("{}"), ["x.json"], "is not a mambacus record"),
-        (lambda d: (d / "x.json").write_text("{"), ["x.json"], "is not a JSON file"),
+        (lambda d: (d / "x.json").write_text("{"), ["x.json"], "x.json: not valid JSON"),
         (lambda d: write_solve(d / "a.json", "m", {"gsm8k": [True]}), ["a.json", "--out", "r.txt"], "ending in .html"),
         (lambda d: write_solve(d / "a.json", "m", {"gsm8k": [True]}), ["a.json", "--pairs", "m=n"], "no evaluate or"),
         (lambda d: (d / "report.html").write_text("mine"), ["a.json"], "add --overwrite"),
+        (_change, ["a.json", "--out", "a.html"], "a.json, which is no report's"),
+        (_change, ["a.json", "--out", "a.html", "--overwrite"], "a.json, which is no report's"),
+        (_change, ["a.json", "--out", "a.json/x.html"], "expected a folder, got a file"),
+        (_change, ["a.json", "--png", "a.json"], "--png a.json: expected a folder, got a file"),
+        (lambda d: _change(d, kind="nosuch"), ["a.json"], "kind: expected one of evaluate, solve"),
+        (lambda d: _change(d, results={}), ["a.json"], "results of solve: benches: expected a dict, got nothing"),
+        (lambda d: _change(d, results={"benches": []}), ["a.json"], "benches: expected a dict, got a list"),
+        (lambda d: _change(d, config=None), ["a.json"], "config: expected a dict, got null"),
     ],
 )
 def test_faults_are_one_line_and_change_nothing(tmp_path, monkeypatch, capsys, make, arguments, words):
@@ -87,6 +100,15 @@ def test_a_missing_items_file_is_named(tmp_path, capsys):
     assert main(["report", str(tmp_path / "a.json"), "--out", str(tmp_path / "r.html")]) == 2
     assert "a.items.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()
+
+
+def test_what_is_no_record_in_a_folder_is_passed_over(tmp_path):
+    write_solve(tmp_path / "a.json", "one", {"gsm8k": [True, False]})
+    for name, text in (("b.json", "{"), ("c.json", "[]"), ("d.json", '{"kind": "solve"}'), ("e.json", "\x00")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "folder.json").mkdir()
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 0
+    assert read_record(tmp_path / "r.json").results["sources"] == [str((tmp_path / "a.json").resolve())]
 
 
 def test_a_newer_schema_is_refused(tmp_path, capsys):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mambacus.runtime.errors import UserError
-from mambacus.runtime.records import Record, read_jsonl, read_record
+from mambacus.runtime.records import Record, read_json, read_jsonl, read_record
+
+# kind of record -> what its results hold at least, and as what; those without have no part on a page
+RESULTS: dict[str, dict[str, type]] = {
+    "evaluate": {"tasks": dict}, "solve": {"benches": dict}, "finetune": {"train": dict}, "pretrain": {"train": dict},
+    "bench": {"rows": list}, "study": {"steps": list, "models": list}, "merge": {}, "info": {}, "generate": {},
+    "convert": {}, "report": {},
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +62,14 @@ def collect(paths: Iterable[str | Path]) -> list[Source]:
     found: dict[Path, Record] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            inside = {file: read_record(file) for file in sorted(path.rglob("*.json")) if _looks_like_record(file)}
+            inside = {file: _read(file) for file in sorted(path.rglob("*.json")) if _looks_like_record(file)}
             drawable = {file: record for file, record in inside.items() if record.kind != "report"}
             if not drawable:
                 raise UserError(f"{path}: expected records of mambacus commands in this folder, found none")
             for file, record in drawable.items():
                 found.setdefault(file.resolve(), record)
             continue
-        record = read_record(path)
+        record = _read(path)
         if record.kind == "report":
             raise UserError(f"{path}: expected the record of a measurement, got that of a report")
         found.setdefault(path.resolve(), record)
@@ -80,6 +86,22 @@ def collect(paths: Iterable[str | Path]) -> list[Source]:
         )
         for number, (path, record) in enumerate(found.items(), start=1)
     ]
+
+
+def _read(path: Path) -> Record:
+    """Read a record and check that its results are those of its kind.
+
+    Raises:
+        UserError: as `read_record`, or another kind or other results than this version draws.
+    """
+    record = read_record(path)
+    if record.kind not in RESULTS:
+        raise UserError(f"{path}: kind: expected one of {', '.join(RESULTS)}, got {record.kind!r}")
+    for name, kind in RESULTS[record.kind].items():
+        if not isinstance(record.results.get(name), kind):
+            got = f"a {type(record.results[name]).__name__}" if name in record.results else "nothing"
+            raise UserError(f"{path}: results of {record.kind}: {name}: expected a {kind.__name__}, got {got}")
+    return record
 
 
 def _study_steps(found: dict[Path, Record]) -> dict[Path, dict[str, str]]:
@@ -99,7 +121,7 @@ def of_kind(sources: Iterable[Source], kind: str) -> list[Source]:
 
 def _looks_like_record(path: Path) -> bool:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        raw = read_json(path)
+    except UserError:  # some other JSON file, or a folder so called
         return False
-    return isinstance(raw, dict) and {"kind", "schema", "results", "environment"} <= set(raw)
+    return {"kind", "schema", "results", "environment"} <= set(raw) and str(raw["kind"]) in RESULTS
