@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from mambacus import __version__
 from mambacus.runtime.errors import UserError, suggest
@@ -43,17 +44,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 fine, 2 the user's fault in one line, 130 interrupted, 141 the reader of our output is gone.
     """
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # the process is ours
+        signal.signal(signal.SIGINT, _interrupt)
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         status = _dispatch(argv)
         sys.stdout.flush()  # here a closed pipe can still be caught
     except KeyboardInterrupt:
-        print(f"mambacus {argv[0]}: interrupted", file=sys.stderr)
+        print(f"mambacus {' '.join(argv[:1])}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # ``mambacus info tiny | head -1``: not a fault, and nobody reads what is left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return status
+
+
+def _interrupt(_signal: int, frame: FrameType | None) -> None:
+    """Turn Ctrl-C into KeyboardInterrupt, but leave at once during an import, which torch and numpy do not survive."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(sys.stderr.fileno(), b"mambacus: interrupted\n")
+            os._exit(128 + signal.SIGINT)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _dispatch(argv: list[str]) -> int:

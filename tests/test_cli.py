@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -117,3 +119,27 @@ sys.exit(mambacus.cli.main(['info']))
     writer.stdout.close()
     assert writer.stderr.read() == ""
     assert writer.wait() == 141
+
+
+@pytest.mark.parametrize("busy", ["time.sleep(60)", "import slow"])
+def test_ctrl_c_is_one_line_also_during_an_import(tmp_path, busy):
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(60)\n")
+    code = f"""
+import sys, time, types
+import mambacus.cli
+def work(argv):
+    print("ready", flush=True)
+    {busy}
+sys.path.insert(0, {str(tmp_path)!r})
+sys.argv = ["mambacus", "info"]
+sys.modules["mambacus.info"] = types.SimpleNamespace(main=work)
+sys.exit(mambacus.cli.main())
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)  # into the sleep
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error.endswith("interrupted\n") and error.count("\n") == 1
