@@ -19,7 +19,7 @@ class PrimedModel(nn.Module):
     Args:
         model: a `MambaLM`, or a ``peft.PeftModel`` around one.
         start: the state of one row.
-        trained: make the state's two tensors parameters (float32), the model's own frozen.
+        trained: make the state's two tensors parameters (float32); the model's own are left as they are.
 
     Raises:
         ValueError: the state does not fit the model, or has not one row.
@@ -36,7 +36,6 @@ class PrimedModel(nn.Module):
         start = start.detach().to(base.device, torch.float32 if trained else base.dtype)
         self.register_buffer("tokens", start.tokens.clone(), persistent=False)
         if trained:
-            model.requires_grad_(False)
             self.conv_state = nn.Parameter(start.conv_state.clone())
             self.ssm_state = nn.Parameter(start.ssm_state.clone())
         else:

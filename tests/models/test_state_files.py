@@ -123,8 +123,9 @@ def test_a_primed_model_reads_on_after_its_start(written: tuple[Path, StateFile]
     assert engine.stats.prompt_tokens == sum(map(len, prompts))  # one token a byte: the prefix was not read again
 
 
-def test_a_trained_start_gets_gradients_and_freezes_the_model(written: tuple[Path, StateFile]) -> None:
+def test_a_trained_start_gets_gradients_in_every_layer(written: tuple[Path, StateFile]) -> None:
     model, _ = load("random:micro")
+    model.requires_grad_(False)
     primed = PrimedModel(model, written[1].state, trained=True)
     ids = torch.randint(1, 200, (2, 7))
     primed(input_ids=ids, labels=ids).loss.backward()

@@ -1,0 +1,198 @@
+"""``mambacus prompt`` from flags to files: search and resume, compile, tune, and the faults in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mambacus import cli, prompt_compile, prompt_optimise, prompt_tune
+from mambacus.data import wordproblems
+from mambacus.inference import Engine, SamplingParams
+from mambacus.models import load
+from mambacus.models.primed import PrimedModel
+from mambacus.models.state_files import read_state
+from mambacus.prompts import DEFAULT, Exemplar, Prompt, read_prompt, write_prompt
+from mambacus.runtime.records import read_jsonl, read_record
+
+EXEMPLARS = tuple(map(Exemplar.of, wordproblems.generate(8, "train", seed=77)))
+QUESTIONS = [problem.question for problem in wordproblems.generate(12, "test", seed=5)]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An 8-shot prompt for ``tiny`` and its state, in one folder."""
+    folder = tmp_path_factory.mktemp("compiled")
+    write_prompt(folder / "p.yaml", Prompt(instruction="Solve.", exemplars=EXEMPLARS))
+    prompt_compile.run(prompt_compile.Config("tiny", folder / "p.yaml", folder / "p.state", device="cpu"))
+    return folder
+
+
+def optimise(folder: Path, **options: Any) -> prompt_optimise.Config:
+    values: dict[str, Any] = {
+        "items": 4, "fresh": 4, "pool": 5, "population": 4, "rounds": 2, "first": 2, "finalists": 1,
+        "random_prompts": 2, "test_limit": 4, "max_new_tokens": 6, "device": "cpu", "seed": 3,
+    }  # fmt: skip
+    return prompt_optimise.Config("tiny", "wordproblems", folder / "best.yaml", **(values | options))
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished search."""
+    folder = tmp_path_factory.mktemp("searched")
+    prompt_optimise.run(optimise(folder))
+    return folder
+
+
+def test_a_search_ends_with_a_prompt_a_record_and_items(searched: Path) -> None:
+    record = read_record(searched / "best.json")
+    assert record.kind == "prompt" and record.items_file == "best.items.jsonl"
+    prompt = read_prompt(searched / "best.yaml")
+    assert prompt.as_dict() == record.results["prompt"]
+    search, test = record.results["search"], record.results["test"]
+    assert search["tokens"]["naive"] > search["tokens"]["forward"] > 0 and search["ended"] == "rounds"
+    assert [rung["items"] for rung in search["rungs"]] == [2, 4, 2, 4]
+    assert set(test["prompts"]) == {"default", "optimised", "random"} and test["n"] == 4
+    assert set(test["optimised_against"]) == {"default", "random"}
+    items = [item for _, item in read_jsonl(searched / "best.items.jsonl")]
+    assert len(items) == 12
+    for name, figures in test["prompts"].items():
+        assert figures["correct"] == sum(item["correct"] for item in items if item["rival"] == name)
+
+
+def test_a_search_killed_anywhere_comes_to_the_same_end(searched: Path, tmp_path: Path) -> None:
+    whole = read_record(searched / "best.json").results
+    lines = (searched / "best.journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for kept in (len(lines) // 2, len(lines) - 1):
+        folder = tmp_path / str(kept)
+        folder.mkdir()
+        (folder / "best.journal.jsonl").write_text("".join(lines[:kept]) + lines[kept][:9], encoding="utf-8")
+        again = prompt_optimise.run(optimise(folder, resume=True)).results
+        for part in ("prompt", "finals", "test"):
+            assert _rounded(again[part]) == _rounded(whole[part]), part
+        assert (folder / "best.yaml").read_bytes() == (searched / "best.yaml").read_bytes()
+
+
+def _rounded(value: Any) -> Any:
+    """Return ``value`` without token counts, which depend on the states held, and with floats to 4 decimals."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items() if key != "tokens"}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def test_a_compiled_prompt_gives_the_same_text_for_fewer_tokens(compiled: Path) -> None:
+    model, tokenizer = load("tiny")
+    prompt = read_prompt(compiled / "p.yaml")
+    file = read_state(compiled / "p.state", model, tokenizer)
+    assert Prompt.from_dict(file.prompt or {}) == prompt
+    params = SamplingParams(max_new_tokens=24, stop=prompt.stops)
+    plain, forked = Engine(model, tokenizer), Engine(PrimedModel(model, file.state), tokenizer)
+    expected = plain.generate([prompt.text(question) for question in QUESTIONS], params)
+    assert forked.generate([prompt.query(question) for question in QUESTIONS], params) == expected
+    assert forked.stats.prompt_tokens * 5 <= plain.stats.prompt_tokens
+    record = read_record(compiled / "p.json")
+    assert record.results["prefix_tokens"] == len(file.token_ids) == int(file.state.tokens)
+    assert record.results["gate"]["max_logprob_difference"] <= 1e-4
+
+
+def test_loglikelihoods_after_the_state_are_those_after_the_prompt(compiled: Path) -> None:
+    model, tokenizer = load("tiny")
+    prompt = read_prompt(compiled / "p.yaml")
+    state = read_state(compiled / "p.state", model, tokenizer).state
+    for problem in wordproblems.generate(6, "test", seed=6):
+        gold = tokenizer(f" {problem.solution}", add_special_tokens=False)["input_ids"]
+        found = []
+        for reader, text in ((model, prompt.text), (PrimedModel(model, state), prompt.query)):
+            ids = tokenizer(text(problem.question), add_special_tokens=False)["input_ids"] + gold
+            with torch.no_grad():
+                logits = reader(input_ids=torch.tensor([ids])).logits[0, -len(gold) - 1 : -1].double()
+            found.append(logits.log_softmax(-1).gather(1, torch.tensor(gold)[:, None]).squeeze(1))
+        # In nats a token; a single improbable token differs by up to 2e-5, the rounding of its float32 logit.
+        assert abs(found[0].mean() - found[1].mean()) <= 1e-5
+        assert (found[0] - found[1]).abs().max() <= 1e-4
+
+
+def test_tuning_lowers_the_held_out_loss_and_touches_the_state_alone(compiled: Path, tmp_path: Path) -> None:
+    config = prompt_tune.Config(
+        "tiny", compiled / "p.state", "wordproblems:72", tmp_path / "t", max_steps=12, batch_size=8, held_out=8,
+        device="cpu",
+    )  # fmt: skip
+    results = prompt_tune.run(config).results
+    assert results["held_out"]["loss_after"] < results["held_out"]["loss_before"] - 0.05
+    model, tokenizer = load("tiny")
+    tuned = read_state(tmp_path / "t" / "prompt.state", model, tokenizer)  # the model is the one it was
+    start = read_state(compiled / "p.state", model, tokenizer)
+    assert tuned.prompt == start.prompt and tuned.token_ids == start.token_ids
+    assert results["parameters"]["trainable"] == start.state.conv_state.numel() + start.state.ssm_state.numel()
+    assert (tuned.state.ssm_state != start.state.ssm_state).any()
+
+
+def test_tuning_with_an_offset_leaves_an_adapter_that_fits_its_state(compiled: Path, tmp_path: Path) -> None:
+    config = prompt_tune.Config(
+        "tiny", compiled / "p.state", "wordproblems:20", tmp_path / "t", max_steps=3, batch_size=4, held_out=4,
+        offset=True, device="cpu",
+    )  # fmt: skip
+    results = prompt_tune.run(config).results
+    model, tokenizer = load("tiny", adapter=tmp_path / "t" / "adapter")
+    file = read_state(tmp_path / "t" / "prompt.state", model, tokenizer)
+    from mambacus.tuning.data import Example, encode
+
+    asked = Prompt.from_dict(file.prompt or {})
+    rows = wordproblems.generate(20, "train", seed=0)[-4:]
+    kept_out, _ = encode([Example(asked.query(p.question), f" {p.solution}") for p in rows], tokenizer, max_length=999)
+    loss = prompt_tune._loss(PrimedModel(model, file.state), kept_out, 4)
+    assert loss == pytest.approx(results["held_out"]["loss_after"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "expected one of optimise, compile, tune"),
+        (["optimize"], "unknown action 'optimize'"),
+        (["optimise", "--model", "tiny", "--bench", "wordproblem", "--out", "o.yaml"], "wordproblem"),
+        (["optimise", "--model", "tiny", "--bench", "svamp", "--out", "o.yaml"], "svamp has no training split"),
+        (["optimise", "--model", "tiny", "--bench", "gsm8k", "--out", "o.yaml"], "--data-dir"),
+        (["optimise", "--model", "tiny", "--bench", "wordproblems", "--out", "o.json"], "ending in .yaml"),
+        (["optimise", "--model", "tiny", "--bench", "wordproblems", "--out", "o.yaml", "--first", "99"], "--first 99"),
+        (
+            ["optimise", "--model", "tiny", "--bench", "wordproblems", "--out", "o.yaml", "--budget", "9"],
+            "--budget 9: too few tokens",
+        ),
+        (
+            ["optimise", "--model", "tiny", "--bench", "wordproblems", "--out", "o.yaml", "--proposer", "http://x"],
+            "expected --proposer-model",
+        ),
+        (["compile", "--model", "tiny", "--prompt", "none.yaml", "--out", "o.state"], "none.yaml"),
+        (["tune", "--model", "tiny", "--state", "none.state", "--data", "wordproblems:9", "--out", "o"], "none.state"),
+    ],
+)
+def test_faults_are_one_line(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prompt", *argv]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("mambacus prompt: error: ") and message in error
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".jsonl"]
+
+
+def test_nothing_is_overwritten(compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "best.yaml").write_text("question: '{question}'\n", encoding="utf-8")
+    flags = ["--model", "tiny", "--bench", "wordproblems", "--out", str(tmp_path / "best.yaml")]
+    assert cli.main(["prompt", "optimise", *flags]) == 2
+    flags = ["--model", "tiny", "--prompt", str(compiled / "p.yaml"), "--out", str(compiled / "p.state")]
+    assert cli.main(["prompt", "compile", *flags]) == 2
+    assert capsys.readouterr().err.count("exists already; add --overwrite") == 2
+
+
+def test_the_prompt_file_says_what_the_test_found(tmp_path: Path) -> None:
+    prompt_optimise.run(optimise(tmp_path, rounds=1, random_prompts=0, population=2, test_limit=3))
+    head = (tmp_path / "best.yaml").read_text(encoding="utf-8").splitlines()[:2]
+    assert head[0] == "# mambacus prompt optimise: tiny on wordproblems" and head[1].startswith("# test, 3 problems:")
+    assert json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))["results"]["random"] == {}
+    assert DEFAULT.prefix == "Question:"

@@ -1,0 +1,81 @@
+"""The external proposer against a small server of its own."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+
+from mambacus.prompts import Exemplar, Prompt
+from mambacus.prompts.proposer import Proposer
+from mambacus.prompts.search import Standing
+from mambacus.runtime.errors import UserError
+
+BEST = Prompt(instruction="Old.", exemplars=(Exemplar("1?", " #### 1"),))
+STANDINGS = [Standing(BEST, -1.5, 8, "random"), Standing(Prompt(), -2.0, 8, "default")]
+
+
+@pytest.fixture
+def server() -> Iterator[HTTPServer]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            length = int(self.headers["Content-Length"])
+            self.server.seen = (self.path, dict(self.headers), json.loads(self.rfile.read(length)))  # type: ignore[attr-defined]
+            status, body = self.server.answer  # type: ignore[attr-defined]
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *args: Any) -> None:
+            return None
+
+    found = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=found.serve_forever, daemon=True)
+    thread.start()
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+def proposer(server: HTTPServer) -> Proposer:
+    return Proposer(f"http://127.0.0.1:{server.server_port}/v1/", "small", count=2)
+
+
+def chat(content: str) -> dict[str, Any]:
+    return {"choices": [{"message": {"content": content}}]}
+
+
+def test_instructions_stand_at_the_head_of_the_leader(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    server.answer = (200, chat('```json\n["New one.", "", 3, "New one.", " Two. ", "Three."]\n```'))
+    found = proposer(server)(STANDINGS)
+    assert [prompt.instruction for prompt in found] == ["New one.", "Two."]
+    assert all(prompt.exemplars == BEST.exemplars for prompt in found)
+    path, headers, body = server.seen
+    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer a-key"
+    assert body["model"] == "small" and '-1.500  "Old."' in body["messages"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((500, {}), "answered 500"),
+        ((200, {"error": "x"}), "not a chat completion"),
+        ((200, chat("I cannot.")), "expected a JSON list of instructions"),
+    ],
+)
+def test_other_answers_are_one_line(server: Any, answer: Any, message: str) -> None:
+    server.answer = answer
+    with pytest.raises(UserError, match=message):
+        proposer(server)(STANDINGS)
+
+
+def test_no_server_and_no_address_are_named() -> None:
+    with pytest.raises(UserError, match="cannot be reached"):
+        Proposer("http://127.0.0.1:9/v1", "m")(STANDINGS)
+    with pytest.raises(UserError, match="begins with http"):
+        Proposer("file:///etc/passwd", "m")(STANDINGS)
