@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BENCHES = (
     "wordproblems", "wordproblems_reworded", "wordproblems_novel", "gsm8k", "svamp", "asdiv", "mawps", "gsm_hard",
-    "aqua",
+    "aqua", "mathqa_gen", "math", "math500",
 )  # fmt: skip
 
 
@@ -33,7 +33,13 @@ class Config:
     adapter: Path | None = opt(None, "folder of a PEFT adapter to attach", metavar="DIR")
     limit: int | None = opt(None, "problems of each bench; default: all, of wordproblems 1000", least=1, metavar="N")
     samples: int = opt(1, "completions of each problem; above 1 adds pass@k and maj@k", least=1, metavar="K")
-    style: str = opt("cot", "cot: the model reasons first; direct: it must answer at once", choices=("cot", "direct"))
+    style: str = opt(
+        "cot",
+        "cot: the model reasons first; direct: it must answer at once; program: it writes Python, which a sandbox runs",
+        choices=("cot", "direct", "program"),
+    )
+    num_fewshot: int = opt(0, "worked examples before each problem, from the training set", least=0, metavar="K")
+    program_seconds: int = opt(5, "CPU seconds that a program of the model may take", least=1)
     temperature: float = opt(0.0, "of sampling; 0 is greedy", least=0)
     top_k: int = opt(0, "sample from the k likeliest tokens; 0: all", least=0)
     top_p: float = opt(1.0, "sample from the likeliest tokens that hold this share of probability", above=0, most=1)
@@ -46,6 +52,9 @@ class Config:
     problem_seed: int = opt(0, "seed of the generated wordproblems", least=0, most=MOST_SEED)
     label: str | None = opt(None, "name of the model in reports; default: from --model and --adapter", metavar="NAME")
     implementation: str = opt("auto", "auto: ours for Mamba, else transformers", choices=("auto", "mambacus", "hf"))
+    cache: Path | None = opt(
+        None, "folder of completions found before: an interrupted run goes on where it was", metavar="DIR"
+    )
     overwrite: bool = opt(False, "replace an existing record")
 
 
@@ -58,17 +67,25 @@ def run(config: Config) -> Record:
     _check(config)
     claim_file(config.out, overwrite=config.overwrite)
     stopwatch = Stopwatch()
-    from mambacus.evals.math import load_problems, summarise
+    from mambacus.evals.math import examples, load_problems, prompt, summarise
 
+    if config.style == "program":
+        from mambacus.evals.sandbox import check_available
+
+        check_available()
     sets = {name: load_problems(name, config.data_dir, config.limit, config.problem_seed) for name in config.bench}
+    shots = {name: examples(name, config.style, config.data_dir, config.num_fewshot) for name in config.bench}
     engine = _engine(config)
+    cache = _cache(config, engine)
     benches: dict[str, dict[str, Any]] = {}
     items: list[dict[str, Any]] = []
     for name, problems in sets.items():
-        found, seconds = _solve(config, engine, name, problems)
-        figures = summarise(found, config.seed)
-        benches[name] = figures | {"tokens_per_second": figures["generated_tokens"] / seconds}
+        prompts = [prompt(problem, config.style) for problem in problems]
+        completions, speed = _complete(config, engine, cache, name, prompts, shots[name])
+        found = _items(config, name, problems, [shots[name] + text for text in prompts], completions)
+        benches[name] = summarise(found, config.seed) | speed
         items += found
+    cache.close()
     path = items_path(config.out)
     write_jsonl_atomic(path, items)
     record = stopwatch.record("solve", _label(config), config, {"benches": benches}, items_file=path.name)
@@ -104,13 +121,23 @@ def _engine(config: Config) -> Any:
     return Engine(model, tokenizer, batch_size=config.batch_size)
 
 
-def _solve(
-    config: Config, engine: Any, bench: str, problems: Sequence[MathProblem]
-) -> tuple[list[dict[str, Any]], float]:
-    """Return one item per completion, and the seconds of generation."""
+def _cache(config: Config, engine: Any) -> Any:
+    """Return the cache of completions; without ``--cache`` one that keeps nothing between runs."""
+    from mambacus.evals.cache import CompletionCache, cache_file, model_fingerprint
+
+    if config.cache is None:
+        return CompletionCache(None)
+    model = model_fingerprint(engine.model, engine.tokenizer, {"engine": type(engine).__name__})
+    return CompletionCache(cache_file(config.cache, "solve", model).with_suffix(".db"))
+
+
+def _complete(
+    config: Config, engine: Any, cache: Any, bench: str, prompts: Sequence[str], shots: str
+) -> tuple[list[list[Any]], dict[str, Any]]:
+    """Return the completions of each prompt, and how fast they came."""
     from tqdm import tqdm
 
-    from mambacus.evals import math
+    from mambacus.evals import generation, math
     from mambacus.inference import SamplingParams
 
     params = SamplingParams(
@@ -119,47 +146,74 @@ def _solve(
         top_k=config.top_k,
         top_p=config.top_p,
         n=config.samples,
-        stop=list(math.STOPS),
+        stop=list(math.stops(config.style)),
         seed=config.seed,
     )
-    prompts = [math.prompt(problem, config.style) for problem in problems]
-    with tqdm(total=len(problems), desc=bench, disable=None) as progress:
+    hits = cache.hits
+    with tqdm(total=len(prompts), desc=bench, disable=None) as progress:
         start = time.perf_counter()
-        completions = engine.generate(prompts, params, progress=progress.update)
+        completions = generation.solve(engine, prompts, shots, params, cache, progress.update)
         seconds = time.perf_counter() - start
-    items = []
-    for problem, prompt, found in zip(problems, prompts, completions, strict=True):
-        items += _items(config, bench, problem, prompt, found)
-    return items, seconds
+    tokens = sum(len(each.token_ids) for found in completions for each in found)
+    hits = cache.hits - hits
+    if hits:  # part of the work was done before: no speed can be told
+        return completions, {"tokens_per_second": None, "from_cache": hits}
+    return completions, {"tokens_per_second": tokens / seconds}
 
 
 def _items(
-    config: Config, bench: str, problem: MathProblem, prompt: str, completions: Sequence[Any]
+    config: Config, bench: str, problems: Sequence[MathProblem], prompts: Sequence[str], completions: Sequence[Any]
 ) -> list[dict[str, Any]]:
-    from mambacus.evals.math import grade
+    """Return one item per completion, graded."""
+    from mambacus.evals.sandbox import Limits, program_in, run_programs
 
-    items = []
-    for sample, completion in enumerate(completions):
-        verdict = grade(problem, completion.text, config.style)
-        items.append(
-            {
-                "bench": bench,
-                "id": problem.id,
-                "group": problem.group,
-                "sample": sample,
-                "question": problem.question,
-                "gold": problem.answer,
-                "prompt": prompt,
-                "completion": completion.text,
-                "extracted": verdict.extracted,
-                "vote": verdict.vote,
-                "correct": verdict.correct,
-                "reason": verdict.reason,
-                "finish_reason": completion.finish_reason,
-                "tokens": len(completion.token_ids),
-            }
-        )
-    return items
+    asked = [
+        (problem, prompt, sample, completion)
+        for problem, prompt, found in zip(problems, prompts, completions, strict=True)
+        for sample, completion in enumerate(found)
+    ]
+    outcomes: list[Any] = [None] * len(asked)
+    if config.style == "program":
+        limits = Limits(seconds=config.program_seconds, wall_seconds=3.0 * config.program_seconds)
+        outcomes = run_programs([program_in(completion.text) for _, _, _, completion in asked], limits)
+    return [_item(config, bench, *each, outcome) for each, outcome in zip(asked, outcomes, strict=True)]
+
+
+def _item(
+    config: Config, bench: str, problem: MathProblem, prompt: str, sample: int, completion: Any, outcome: Any
+) -> dict[str, Any]:
+    """Return the record of one completion."""
+    from mambacus.evals import math, mistakes
+    from mambacus.evals.answers import first_answer
+
+    verdict = math.grade(problem, completion.text, config.style, latex=math.BENCHES[bench].latex, outcome=outcome)
+    item = {
+        "bench": bench,
+        "id": problem.id,
+        "group": problem.group,
+        "sample": sample,
+        "question": problem.question,
+        "gold": problem.answer,
+        "prompt": prompt,
+        "completion": completion.text,
+        "extracted": verdict.extracted,
+        "vote": verdict.vote,
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "finish_reason": completion.finish_reason,
+        "tokens": len(completion.token_ids),
+    }
+    if isinstance(problem, math.PartedProblem):
+        item["parts"] = dict(problem.parts)
+    if outcome is None:
+        found = mistakes.equations(first_answer(completion.text))
+        item["equations"] = [sum(equation.right for equation in found), len(found)]
+        parsed = verdict.extracted is not None
+        wrong = mistakes.error_category(first_answer(completion.text), parsed, completion.finish_reason)
+    else:
+        wrong = verdict.reason.partition(" (")[0] if outcome.answer is None else mistakes.SET_UP
+    item["error"] = None if verdict.correct else wrong
+    return item
 
 
 def _label(config: Config) -> str:
@@ -176,9 +230,12 @@ def main(argv: Sequence[str]) -> None:
     for name, figures in record.results["benches"].items():
         low, high = figures["wilson95"]
         rates = f"parsed {figures['parse_rate']:.1%}  cut {figures['truncation_rate']:.1%}"
-        speed = f"{figures['tokens_per_second']:.0f} tokens/s"
+        rate = figures["tokens_per_second"]
+        speed = f"{rate:.0f} tokens/s" if rate else f"{figures.get('from_cache', 0)} from the cache"
         print(f"{name:<13} {figures['accuracy']:6.1%} [{low:.1%}, {high:.1%}]  n {figures['n']}  {rates}  {speed}")
         for rule in ("pass_at", "maj_at"):
             if rule in figures:
                 print(" " * 14 + "  ".join(f"{rule.replace('_at', '')}@{k} {v:.1%}" for k, v in figures[rule].items()))
+        if "errors" in figures:
+            print(" " * 14 + "wrong: " + ", ".join(f"{kind} {count}" for kind, count in figures["errors"].items()))
     print(f"record: {config.out}")

@@ -59,7 +59,7 @@ def first_answer(completion: str) -> str:
 def extract_number(completion: str) -> Extraction:
     """Return the final number of a completion as written there, such as ``$1,234.50``, ``3 1/2``, ``-3`` or ``50%``."""
     text = first_answer(completion)
-    marked = _marked_segment(text)
+    marked = marked_segment(text)
     if marked is not None:
         segment, reason = marked
         number = _number_in(segment)
@@ -75,7 +75,7 @@ def extract_letter(completion: str, options: Sequence[str]) -> Extraction:
     """
     letters = "ABCDEFGHIJ"[: len(options)]
     text = first_answer(completion)
-    marked = _marked_segment(text)
+    marked = marked_segment(text)
     if marked is not None:
         segment, reason = marked
         match = re.match(
@@ -110,11 +110,11 @@ def canonical(answer: str) -> str:
     return answer.strip() if value is None else str(value)
 
 
-def _marked_segment(text: str) -> tuple[str, str] | None:
+def marked_segment(text: str) -> tuple[str, str] | None:
     """Return what the strongest answer mark introduces, and the mark's name."""
     if ANSWER_MARK in text:
         return _line(text.split(ANSWER_MARK, 1)[1].lstrip("#")), ANSWER_MARK
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None:
         return boxed, "boxed"
     mentions = list(_ANSWER_IS.finditer(text))
@@ -129,7 +129,8 @@ def _line(text: str) -> str:
     return text.lstrip().split("\n", 1)[0].strip()
 
 
-def _last_boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
+    r"""Return the content of the last ``\boxed{}``, to the end where it is not closed; None if there is none."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

@@ -1,12 +1,19 @@
-"""Completions of prompts that begin alike: the common beginning is read once, its state forked over the prompts."""
+"""Completions of prompts that begin alike: the common beginning is read once, its state forked over the prompts.
+
+`generate` finds whatever lm_eval's prompts share; `solve` reads the worked examples of a math bench, and nothing else,
+ahead, so that a sampled completion depends on its own problem alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from mambacus.evals.cache import CompletionCache
 from mambacus.evals.prefixes import Fork
 from mambacus.evals.scoring import Scorer
 from mambacus.inference import Completion, Engine, SamplingParams
+from mambacus.models import MambaState
 
 BATCHES_PER_CALL = 8  # completions are handed on after so many batches, so that an interrupted run loses little
 
@@ -58,3 +65,56 @@ def generate(
                 found[fork.members[place]] = done
                 finished(fork.members[place], done)
     return [found[number] for number in whole]
+
+
+def solve(
+    engine: Any,
+    prompts: Sequence[str],
+    examples: str,
+    params: SamplingParams,
+    cache: CompletionCache,
+    progress: Callable[[int], None] = lambda n: None,
+    state: MambaState | None = None,
+) -> list[list[Completion]]:
+    """Complete each prompt ``params.n`` times after the worked examples, from the cache where it has been done.
+
+    Args:
+        engine: ours, which reads the examples once, or a `baselines.BaselineEngine`, which reads them each time.
+        prompts: texts.
+        examples: text before every prompt, or an empty one.
+        params: how to choose tokens.
+        cache: asked first, and told of what is found a few batches at a time.
+        progress: called with the number of prompts just finished.
+        state: our engine goes on from it (one row); a cache must know it by its file's name.
+    """
+    found = {text: done for text in dict.fromkeys(prompts) if (done := cache.get(examples + text, params)) is not None}
+    progress(sum(text in found for text in prompts))
+    pending = [text for text in dict.fromkeys(prompts) if text not in found]
+    pending.sort(key=len, reverse=True)
+    shared, start = _examples_read(engine, pending, examples, state)
+    size = max(1, BATCHES_PER_CALL * engine.batch_size // params.n)
+    for begin in range(0, len(pending), size):
+        texts = pending[begin : begin + size]
+        if start is None:
+            completions = engine.generate([examples + text for text in texts], params, progress=progress)
+        else:
+            rests = [engine.encode(examples + text, continues=True)[shared:] for text in texts]
+            completions = engine.generate(rests, params, start, progress=progress)
+        for text, done in zip(texts, completions, strict=True):
+            found[text] = done
+            cache.put(examples + text, params, done)
+    return [found[text] for text in prompts]
+
+
+def _examples_read(
+    engine: Any, prompts: Sequence[str], examples: str, state: MambaState | None
+) -> tuple[int, MambaState | None]:
+    """Return how many tokens of every text our engine has read in the returned state; None: it starts from nothing."""
+    if not isinstance(engine, Engine) or not prompts or not examples:
+        return 0, state
+    shared = engine.encode(
+        examples.rstrip(), continues=True
+    )  # how the line breaks after it are cut depends on what follows
+    if any(engine.encode(examples + text, continues=True)[: len(shared)] != shared for text in prompts):
+        return 0, state
+    return len(shared), engine.prefill(shared, state)

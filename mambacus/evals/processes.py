@@ -77,7 +77,9 @@ class Processes:
             task: {metric: _dealt_back([part[task][metric] for part in values]) for metric in metrics}
             for task, metrics in first.items()
         }
-        empty = {task: {metric: [] for metric in metrics} for task, metrics in first.items()}
+        empty: dict[str, dict[Any, list[Any]]] = {
+            task: {metric: [] for metric in metrics} for task, metrics in first.items()
+        }
         return [merged, *([empty] * len(others))]
 
 

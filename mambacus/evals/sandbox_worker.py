@@ -153,7 +153,8 @@ def _watch(report: Any) -> None:
         if event not in HARMLESS and not (event == "open" and arguments[0] == NAME):  # shown in a SyntaxError
             named = event == "import" or event in ("open", "os.system")
             first = arguments[0] if named and arguments else ""
-            report("forbidden", f"{event} {first if isinstance(first, (str, bytes, int)) else ''}".strip(), None)
+            what = first.decode(errors="replace") if isinstance(first, bytes) else first
+            report("forbidden", f"{event} {what if isinstance(what, (str, int)) else ''}".strip(), None)
 
     sys.addaudithook(hook)
 
@@ -177,7 +178,7 @@ def _value(names: dict[str, Any]) -> str | None:
     for name in ("answer", "result", "ans"):
         if name in names and not callable(names[name]):
             return str(names[name])[:300]
-    functions = [value for value in names.values() if type(value) is type(_value)]
+    functions: list[Any] = [value for value in names.values() if type(value) is type(_value)]
     ready = [each for each in functions if each.__code__.co_argcount == len(each.__defaults__ or ())]
     named = [each for each in ready if each.__name__ == "solution"]
     if not ready:

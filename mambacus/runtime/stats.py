@@ -1,4 +1,4 @@
-"""Statistics of paired evaluations, on scipy: Wilson interval, exact McNemar test, paired bootstrap, Holm's correction.
+"""Statistics of evaluations, on scipy: Wilson, exact McNemar, paired bootstrap, clustered means, Holm, power.
 
 Nothing here imports torch or the rest of the package, so evaluation (which measures) and reporting (which compares)
 share it.
@@ -91,6 +91,58 @@ def paired_bootstrap(
         differences[iteration] = statistic(after[rows]) - statistic(before[rows])
     low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
     return Interval(statistic(after) - statistic(before), float(low), float(high))
+
+
+def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable], level: float = 0.95) -> Interval:
+    """Return the mean of ``values`` with an interval that allows for items of one cluster being alike.
+
+    The variance of the cluster sums, with the factor G / (G - 1) for G clusters, and Student's t with G - 1 degrees of
+    freedom. With one cluster nothing is known of the spread between clusters: the interval is infinite.
+
+    Args:
+        values: one figure per item.
+        clusters: the cluster of each item, for example its subject.
+        level: confidence, between 0 and 1.
+
+    Raises:
+        ValueError: no item, or not one cluster for each.
+
+    Source: Liang and Zeger 1986; Cameron and Miller 2015; Miller 2024 for evaluations of language models.
+    """
+    if not values or len(values) != len(clusters):
+        raise ValueError(f"expected a cluster for each of at least one value, got {len(values)} and {len(clusters)}")
+    centre = sum(values) / len(values)
+    sums: dict[Hashable, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + value - centre
+    count = len(sums)
+    if count == 1:
+        return Interval(centre, -math.inf, math.inf)
+    variance = count / (count - 1) * sum(total**2 for total in sums.values()) / len(values) ** 2
+    half = float(stats.t.ppf((1 + level) / 2, count - 1)) * math.sqrt(variance)
+    return Interval(centre, centre - half, centre + half)
+
+
+def detectable_difference(n: int, disagreement: float, level: float = 0.95, power: float = 0.8) -> float:
+    """Return the smallest difference of two accuracies on the same ``n`` items that would be seen with this power.
+
+    The normal approximation of McNemar's test: ``(z_alpha + z_beta) * sqrt(disagreement / n)``.
+
+    Args:
+        n: items both models answered.
+        disagreement: share of items that just one of the two has right; less than one item counts as one.
+        level: confidence of the test, two-sided.
+        power: chance to see a true difference of that size.
+
+    Raises:
+        ValueError: no item, or a share out of range.
+
+    Source: Connor 1987, with the variance under the null hypothesis.
+    """
+    if n < 1 or not 0 <= disagreement <= 1:
+        raise ValueError(f"expected n >= 1 and a share from 0 to 1, got {n} and {disagreement}")
+    total = stats.norm.ppf((1 + level) / 2) + stats.norm.ppf(power)
+    return float(min(1.0, total * math.sqrt(max(disagreement, 1 / n) / n)))
 
 
 def mean(rows: FloatArray) -> float:

@@ -31,15 +31,17 @@ def test_what_training_teaches_is_graded_right() -> None:
         assert (verdict.correct, verdict.reason, verdict.extracted) == (True, "####", problem.answer)
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "svamp", "asdiv", "mawps", "gsm_hard", "aqua"])
+@pytest.mark.parametrize(
+    "name", ["gsm8k", "svamp", "asdiv", "mawps", "gsm_hard", "aqua", "mathqa_gen", "math", "math500"]
+)
 def test_gold_answers_are_right_by_their_own_grader(name: str, small_data: Path) -> None:
     problems = math.load_problems(name, small_data, None, 0)
     assert len(problems) == 24
     for problem in problems:
         for style, text in (("cot", f" so\n#### {problem.answer}"), ("direct", f" {problem.answer}")):
-            assert math.grade(problem, text, style).correct, (problem, style)
+            assert math.grade(problem, text, style, latex=math.BENCHES[name].latex).correct, (problem, style)
         wrong = "E" if problem.answer == "A" else "A" if problem.options else "12345.678"
-        assert not math.grade(problem, f"#### {wrong}", "cot").correct
+        assert not math.grade(problem, f"#### {wrong}", "cot", latex=math.BENCHES[name].latex).correct
 
 
 def test_a_choice_without_its_letter() -> None:
@@ -89,3 +91,57 @@ def test_figures_of_several_samples() -> None:
 
 def test_the_problem_type_is_the_data_folders() -> None:
     assert {field.name for field in dataclasses.fields(MathProblem)} >= {"id", "question", "answer", "options"}
+
+
+def test_parts_of_math(small_data: Path) -> None:
+    problems = math.load_problems("math", small_data, None, 0)
+    assert problems[0].parts == {"subject": "Algebra", "level": "3"}  # type: ignore[attr-defined]
+    assert problems[0].group == "Algebra"
+    assert {problem.parts["level"] for problem in math.load_problems("math500", small_data, None, 0)} <= set("12345")  # type: ignore[attr-defined]
+    items = [
+        item(f"{subject}{n}", "1", right) | {"parts": {"subject": subject, "level": str(n)}, "error": None}
+        for subject, rights in (("Algebra", (True, True)), ("Geometry", (False, True)), ("Counting", (False, False)))
+        for n, right in enumerate(rights)
+    ]
+    figures = math.summarise(items)
+    assert figures["parts"]["subject"]["Geometry"]["accuracy"] == 0.5
+    assert figures["parts"]["level"]["1"]["n"] == 3
+    low, high = figures["clustered95"]
+    assert low < figures["wilson95"][0] and high > figures["wilson95"][1]  # three subjects say little
+
+
+def test_worked_examples_are_training_texts(small_data: Path) -> None:
+    text = math.examples("svamp", "cot", small_data, 2)
+    assert text.startswith("Question: Natalia sold clips") and text.count("\n#### ") == 2
+    assert text.endswith("\n\n")
+    direct = math.examples("aqua", "direct", small_data, 3)
+    assert direct.count("\nAnswer: #### ") == direct.count("Answer Choices: (A)") == 3
+    assert math.examples("gsm8k", "cot", small_data, 0) == ""
+    with pytest.raises(UserError, match="--num-fewshot 30: gsm8k has 24 worked examples"):
+        math.examples("gsm8k", "cot", small_data, 30)
+
+
+def test_the_packaged_programs_are_right() -> None:
+    from mambacus.evals.answers import same_number
+    from mambacus.evals.exemplars import PROGRAMS, program_examples
+    from mambacus.evals.sandbox import run_programs
+
+    outcomes = run_programs([program for _, program, _ in PROGRAMS])
+    for (_, _, answer), outcome in zip(PROGRAMS, outcomes, strict=True):
+        assert outcome.answer is not None and same_number(answer, outcome.answer)
+    assert program_examples(4).count("```python\n") == 4
+    with pytest.raises(UserError, match="at most 4"):
+        program_examples(5)
+
+
+def test_programs_are_graded_by_what_they_answer() -> None:
+    from mambacus.evals.sandbox import Outcome
+
+    def graded(problem: MathProblem, status: str, detail: str, answer: str | None) -> math.Grade:
+        return math.grade(problem, "", "program", outcome=Outcome(status, detail, answer))
+
+    assert graded(NUMBER, "ok", "", "Total: 4 pens") == math.Grade("4", True, "program: ok", "4")
+    assert graded(NUMBER, "ok", "", "5.0") == math.Grade("5.0", False, "program: ok", "5")
+    assert graded(NUMBER, "ok", "", None) == math.Grade(None, False, "program: no answer", None)
+    assert graded(NUMBER, "forbidden", "open x", None).reason == "program: forbidden (open x)"
+    assert graded(CHOICE, "ok", "", "3").correct and graded(CHOICE, "ok", "", "B").correct

@@ -13,7 +13,7 @@ from mambacus.runtime.records import read_jsonl, read_record
 
 ITEM_KEYS = {
     "bench", "id", "question", "gold", "prompt", "completion", "extracted", "correct", "reason", "finish_reason",
-    "tokens",
+    "tokens", "error", "equations",
 }  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def test_record_and_items_are_as_documented(checkpoint: Any, small_data: Path, t
     assert set(benches) == {"wordproblems", "aqua"}
     assert set(benches["wordproblems"]) == {
         "n", "correct", "accuracy", "wilson95", "parse_rate", "truncation_rate", "eos_rate", "generated_tokens",
-        "tokens_per_second",
+        "tokens_per_second", "errors",
     }  # fmt: skip
     assert benches["wordproblems"]["n"] == 4
     assert benches["wordproblems"]["tokens_per_second"] > 0
@@ -73,6 +73,94 @@ def test_direct_answers_are_asked_for_after_the_mark(checkpoint: Any, tmp_path: 
     solve.run(config(checkpoint.folder, out, style="direct", limit=2))
     assert all(item["prompt"].endswith("\nAnswer: ####") for item in items_of(out))
     assert {item["reason"] for item in items_of(out)} <= {"####", "unparsed"}
+
+
+class Scripted:
+    """An engine that answers with what it is told."""
+
+    batch_size = 4
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def generate(self, prompts: Any, params: Any, state: Any = None, *, progress: Any = None) -> Any:
+        from mambacus.inference import Completion
+
+        assert params.stop == ("```", "\nQuestion:", "\n\nQuestion")
+        assert all(prompt.endswith("\nAnswer: ```python\n") for prompt in prompts)
+        return [[Completion(self.texts.pop(0), [1], "stop")] for _ in prompts]
+
+
+def test_programs_are_run_and_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mambacus.evals.math import load_problems
+
+    problems = load_problems("wordproblems", None, 4, 0)
+    by_length = sorted(problems, key=lambda problem: -len(problem.question))
+    endings = ["print({})", "answer = {} + 1", "open('/etc/passwd')", "x = 1"]
+    texts = [ending.format(problem.answer) for ending, problem in zip(endings, by_length, strict=True)]
+    monkeypatch.setattr(solve, "_engine", lambda config: Scripted(texts))
+    record = solve.run(config(Path("tiny"), tmp_path / "r.json", style="program", limit=4))
+    found = {item["id"]: item for item in items_of(tmp_path / "r.json")}
+    ours = [found[problem.id] for problem in by_length]
+    assert [item["correct"] for item in ours] == [True, False, False, False]
+    assert [item["error"] for item in ours] == [None, "set-up", "program: forbidden", "program: no answer"]
+    assert ours[2]["reason"] == "program: forbidden (open /etc/passwd)"
+    assert record.results["benches"]["wordproblems"]["errors"] == {
+        "set-up": 1, "program: forbidden": 1, "program: no answer": 1,
+    }  # fmt: skip
+
+
+def test_worked_examples_are_read_once(checkpoint: Any, small_data: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"bench": ("svamp",), "limit": 6, "num_fewshot": 3, "data_dir": small_data}
+    for implementation in ("mambacus", "hf"):
+        out = tmp_path / f"{implementation}.json"
+        solve.run(config(checkpoint.folder, out, implementation=implementation, **options))
+    ours, theirs = items_of(tmp_path / "mambacus.json"), items_of(tmp_path / "hf.json")
+    assert ours == theirs
+    assert ours[0]["prompt"].count("Question: ") == 4
+
+
+def test_sampling_reads_every_problem_once(checkpoint: Any) -> None:
+    from mambacus.evals.cache import CompletionCache
+    from mambacus.evals.generation import solve as complete
+    from mambacus.inference import Engine, SamplingParams
+
+    engine = Engine(checkpoint.model, checkpoint.tokenizer, batch_size=4)
+    examples, prompts = "Question: 1\nAnswer: 1\n\n" * 5, [f"Question: {n} + 1\nAnswer:" for n in range(7)]
+    params = SamplingParams(max_new_tokens=3, temperature=1.0, n=6)
+    complete(engine, prompts, examples, params, CompletionCache(None))
+    shared = len(engine.encode(examples.rstrip()))
+    whole = sum(len(engine.encode(examples + prompt)) for prompt in prompts)
+    assert engine.stats.prompt_tokens == whole - (len(prompts) - 1) * shared
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mambacus.evals import generation
+    from mambacus.inference import Engine
+
+    monkeypatch.setattr(generation, "BATCHES_PER_CALL", 1)
+    options: dict[str, Any] = {"limit": 6, "batch_size": 2, "samples": 2, "temperature": 1.0, "cache": tmp_path / "c"}
+    plain = tmp_path / "a.json"
+    solve.run(config(checkpoint.folder, plain, **options | {"cache": None}))
+    generate = Engine.generate
+    calls = []
+
+    def interrupted(self: Any, *arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return generate(self, *arguments, **named)
+
+    monkeypatch.setattr(Engine, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        solve.run(config(checkpoint.folder, tmp_path / "b.json", **options))
+    monkeypatch.setattr(Engine, "generate", generate)
+    record = solve.run(config(checkpoint.folder, tmp_path / "b.json", **options))
+    assert items_of(tmp_path / "b.json") == items_of(plain)
+    assert record.results["benches"]["wordproblems"]["from_cache"] == 3
+    assert record.results["benches"]["wordproblems"]["tokens_per_second"] is None
 
 
 @pytest.mark.parametrize(

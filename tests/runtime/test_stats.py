@@ -97,3 +97,39 @@ def test_majority_ignores_abstentions_and_breaks_ties_by_order() -> None:
     assert stats.majority(["3", "4"]) == "3"
     assert stats.majority([None, None]) is None
     assert stats.majority([]) is None
+
+
+def test_clustered_mean_is_wider_where_items_of_a_cluster_agree() -> None:
+    alike = [1.0] * 20 + [0.0] * 20
+    clusters = [n // 10 for n in range(40)]
+    mixed = [float(n % 2) for n in range(40)]
+    wide, narrow = stats.clustered_mean(alike, clusters), stats.clustered_mean(mixed, clusters)
+    assert wide.estimate == narrow.estimate == 0.5
+    assert narrow.high - narrow.low == pytest.approx(0.0)  # every cluster has the same mean
+    # four cluster sums of +-5: variance 4/3 * 100 / 1600, t(3) = 3.182
+    assert wide.high - wide.estimate == pytest.approx(3.18245 * (4 / 3 * 100) ** 0.5 / 40, rel=1e-4)
+
+
+def test_clusters_of_one_give_the_usual_error() -> None:
+    values = [1.0, 0.0, 1.0, 1.0, 0.0]
+    found = stats.clustered_mean(values, range(5))
+    assert found.high - found.estimate == pytest.approx(2.77645 * np.std(values, ddof=1) / 5**0.5, rel=1e-4)
+
+
+def test_one_cluster_says_nothing_of_others() -> None:
+    found = stats.clustered_mean([1.0, 0.0], ["a", "a"])
+    assert (found.low, found.high) == (-math.inf, math.inf)
+    with pytest.raises(ValueError, match="a cluster for each"):
+        stats.clustered_mean([1.0], [])
+
+
+def test_detectable_difference_is_seen_four_times_in_five() -> None:
+    n, disagreement = 1000, 0.2
+    difference = stats.detectable_difference(n, disagreement)
+    assert difference == pytest.approx(2.8016 * (0.2 / 1000) ** 0.5, rel=1e-3)
+    chance = np.random.default_rng(0)
+    up = (disagreement + difference) / 2
+    draws = chance.multinomial(n, [up, disagreement - up, 1 - disagreement], size=400)
+    seen = sum(stats.mcnemar_exact(down, gained) < 0.05 for gained, down, _ in draws.tolist())
+    assert 0.72 <= seen / 400 <= 0.86
+    assert stats.detectable_difference(1, 0.0) == 1.0
