@@ -29,10 +29,10 @@ from mambacus.runtime.records import Stopwatch, write_record
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16
 Shape = tuple[int, int, int]  # batch, d_inner, seqlen
-SHAPES: tuple[Shape, ...] = ((8, 1536, 2048), (1, 1536, 2048), (64, 1536, 512), (1, 1536, 32768), (1, 4096, 2048))
+SHAPES: tuple[Shape, ...] = ((8, 1536, 2048), (1, 1536, 2048), (4, 4096, 2048), (1, 1536, 32768), (1, 4096, 2048))
 # warps, tile, blocks for each multiprocessor
-FORWARD = ((4, 32, 4), (4, 32, 1), (4, 16, 4), (8, 32, 2), (2, 32, 6))
-BACKWARD = ((4, 16, 1), (4, 16, 2), (4, 16, 3), (4, 8, 3), (8, 16, 1), (8, 8, 2))
+FORWARD = ((4, 32, 4), (4, 32, 3), (4, 16, 4), (2, 32, 6))
+BACKWARD = ((4, 16, 2), (4, 8, 3), (4, 16, 3), (8, 8, 2))
 
 
 def segments(shape: Shape) -> list[int]:
@@ -50,10 +50,10 @@ def scan_calls(shape: Shape) -> list[tuple[str, Plan, Callable[[], Any]]]:
     _, _, chunks = scan.forward(*given, True)
     found: list[tuple[str, Plan, Callable[[], Any]]] = []
     for segment in segments(shape):
-        for numbers in FORWARD if segment in segments(shape)[-1:] else FORWARD[:2]:
+        for numbers in FORWARD if segment in segments(shape)[-1:] else FORWARD[:1]:
             plan = Plan(*numbers, segment)
             found.append(("forward", plan, lambda plan=plan: scan.forward(*given, True, plan=plan)))
-        for numbers in BACKWARD if segment in segments(shape)[-1:] else BACKWARD[1:4]:
+        for numbers in BACKWARD if segment in segments(shape)[-1:] else BACKWARD[:2]:
             plan = Plan(*numbers, segment)
             found.append(("backward", plan, lambda plan=plan: scan.backward(grad_y, None, *given, chunks, plan=plan)))
     return found

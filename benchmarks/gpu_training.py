@@ -2,8 +2,8 @@
 
 Run from the repository: ``PYTHONPATH=. python benchmarks/gpu_training.py --out benchmarks train:130m:8x2048
 prefill:1.4b:32x2048``. Training is forward and backward without an optimiser step, float32 weights under bfloat16
-autocast; prefill is one pass in bfloat16 with the logits of the last token. Writes one JSON record named by date and
-GPU.
+autocast (``graph``: replayed as a CUDA graph); prefill is one pass in bfloat16 with the logits of the last token.
+Writes one JSON record named by date and GPU.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ DEVICE = torch.device("cuda")
 
 def step_of(kind: str, name: str, batch: int, seqlen: int) -> Callable[[], Any]:
     """Return what is timed."""
-    model, _ = load(f"random:{name}", device=DEVICE, dtype=torch.float32 if kind == "train" else torch.bfloat16)
+    model, _ = load(f"random:{name}", device=DEVICE, dtype=torch.bfloat16 if kind == "prefill" else torch.float32)
     ids = torch.randint(2, 50000, (batch, seqlen), device=DEVICE)
 
     def train() -> None:
         model.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=kind != "graph"):
             loss = model(ids, labels=ids, loss_only=True).loss
         loss.backward()
 
@@ -39,10 +39,24 @@ def step_of(kind: str, name: str, batch: int, seqlen: int) -> Callable[[], Any]:
     def prefill() -> None:
         model(ids, logits_at=torch.full((batch, 1), seqlen - 1, device=DEVICE))
 
-    if kind == "train":
-        model.train()
-        return train
-    return prefill
+    if kind == "prefill":
+        return prefill
+    model.train()
+    return train if kind == "train" else captured(train)
+
+
+def captured(step: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the replay of ``step`` as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def measure(case: str, kernels: int) -> dict[str, Any]:
@@ -92,7 +106,11 @@ def main() -> None:
     path = options.out / f"gpu-training-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{name}.json"
     rows = []
     for case in options.cases:
-        rows.append(measure(case, options.kernels))
+        try:
+            rows.append(measure(case, options.kernels))
+        except RuntimeError as error:  # the other cases are worth having
+            print(case, "failed:", error, flush=True)
+            continue
         print({key: value for key, value in rows[-1].items() if key != "kernels"}, f"{watch.seconds:.0f} s", flush=True)
         for row in rows[-1]["kernels"]:
             print(f"{row['ms']:8.3f} ms {row['calls']:5d} x {row['name']}")

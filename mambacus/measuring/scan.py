@@ -147,11 +147,10 @@ def exponentials_per_second(device: torch.device) -> float | None:
     rounds, blocks, threads = 256, 1056, 256
     source = nvrtc.source(Path(__file__).with_name("exp.cu"))
     index = torch.cuda.current_device() if device.index is None else device.index
-    kernel = nvrtc.Program(source, (f"ROUNDS={rounds}",), index).kernel("exponentials")
-    arguments = nvrtc.struct("out", "", "")()
+    program = nvrtc.Program(source, nvrtc.macros(ROUNDS=rounds), index)
+    launch = nvrtc.Launch.of(program, "exponentials", (blocks, 1, 1), threads, nvrtc.struct("out", "", ""), {})
     out = torch.empty(blocks * threads, device=device)
-    nvrtc.fill(arguments, {"out": out})
-    ms = eager_ms(lambda: kernel((blocks, 1, 1), threads, arguments), device)
+    ms = eager_ms(lambda: launch(out=out), device)
     return 16 * rounds * blocks * threads / ms * 1e3
 
 

@@ -38,6 +38,7 @@ from mambacus.ops import (
     add_rms_norm,
     causal_conv1d,
     causal_conv1d_update,
+    halves,
     linear,
     linear_cross_entropy,
     rms_norm,
@@ -174,7 +175,7 @@ class MambaMixer(_KeepsFloat32):
         reuse_state: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mix the tokens of ``hidden`` (batch, seqlen, d_model); return it with the new conv_state and ssm_state."""
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (batch, seqlen, d_inner) each
+        x, z = halves(self.in_proj(hidden))  # (batch, seqlen, d_inner) each
         x, conv_state = self.conv1d(x, seq_idx, conv_state, reuse_state)
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
         bias = None
@@ -418,8 +419,7 @@ class MambaLM(nn.Module):
             return MambaOutput(None, self._logits(hidden), new_state)
         targets = _targets(labels, seq_idx)  # (batch, seqlen)
         if loss_only:
-            labelled = targets != IGNORE_INDEX
-            loss, logits = self._loss(hidden[labelled], targets[labelled]), None  # of (labelled, d_model)
+            loss, logits = self._loss(hidden, targets), None
         else:
             logits = self._logits(hidden)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
@@ -427,10 +427,15 @@ class MambaLM(nn.Module):
         return MambaOutput(loss / count, logits, new_state)
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed cross entropy of ``hidden`` (rows, d_model) against ``targets`` (rows,)."""
+        """Return the summed cross entropy of ``targets`` (batch, seqlen) given ``hidden`` (batch, seqlen, d_model)."""
+        if hidden.is_cuda and torch.cuda.is_current_stream_capturing():  # a CUDA graph has fixed shapes
+            rows, wanted = hidden.flatten(0, 1), targets.flatten()
+        else:
+            labelled = targets != IGNORE_INDEX
+            rows, wanted = hidden[labelled], targets[labelled]  # (labelled, d_model), (labelled,)
         if hidden.is_cuda and type(self.lm_head) is Linear:  # an adapter's layer gives all logits
-            return linear_cross_entropy(hidden, self.lm_head.weight, targets)
-        return F.cross_entropy(self._logits(hidden), targets, reduction="sum")
+            return linear_cross_entropy(rows, self.lm_head.weight, wanted)
+        return F.cross_entropy(self._logits(rows), wanted, ignore_index=IGNORE_INDEX, reduction="sum")
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self.lm_head(hidden)

@@ -2,6 +2,7 @@
 
 from mambacus.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from mambacus.ops.cross_entropy import linear_cross_entropy
+from mambacus.ops.halves import halves
 from mambacus.ops.linear import Linear, linear
 from mambacus.ops.rms_norm import add_rms_norm, rms_norm
 from mambacus.ops.selective_scan import selective_scan, selective_state_update
@@ -11,6 +12,7 @@ __all__ = [
     "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_update",
+    "halves",
     "linear",
     "linear_cross_entropy",
     "rms_norm",

@@ -83,6 +83,11 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype | None) -> 
     return None
 
 
+def runs_eagerly_on_gpu(tensor: Tensor) -> bool:
+    """Tell whether a kernel may be called on ``tensor`` past torch's custom ops, which cost more time than a kernel."""
+    return tensor.is_cuda and type(tensor) in _PLAIN and not torch.compiler.is_compiling()
+
+
 def runs_eagerly_on_cpu(tensor: Tensor) -> bool:
     """Tell whether a kernel may be called on ``tensor`` past torch's dispatcher: real CPU memory, nothing traces."""
     return tensor.is_cpu and type(tensor) in _PLAIN and not torch.compiler.is_compiling()

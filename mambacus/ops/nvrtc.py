@@ -5,6 +5,7 @@ Machine code is cached on disk, one file for each (source, macros, GPU architect
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -15,6 +16,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -90,6 +92,7 @@ def _nvrtc() -> ctypes.CDLL:
         raise
 
 
+@functools.cache
 def source(path: Path) -> str:
     """Return a CUDA source with what all share before it."""
     return Path(__file__).with_name("common.cuh").read_text(encoding="utf-8") + path.read_text(encoding="utf-8")
@@ -103,16 +106,33 @@ def struct(pointers: str, longs: str, integers: str, *, floats: str = "") -> typ
     return type("Args", (ctypes.Structure,), {"_fields_": fields})
 
 
-def fill(arguments: ctypes.Structure, values: Mapping[str, Tensor | float | None]) -> None:
-    """Set fields: tensors by their address, numbers, and None for pointers that no kernel will read."""
-    for name, value in values.items():
-        if value is not None:
-            setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
+class Layout(NamedTuple):
+    """What a kernel's code and arguments take from a tensor, apart from its address."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    misaligned: int  # bytes by which the address misses a multiple of 16
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """The stride of the batch in elements and that of tokens in bytes."""
+        return self.stride[0], self.stride[1] * self.dtype.itemsize
 
 
-def strides(tensor: Tensor | None) -> tuple[int, int]:
-    """Return the stride of the batch in elements and that of tokens in bytes."""
-    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1) * tensor.element_size())
+@overload
+def layout(tensor: Tensor) -> Layout: ...
+
+
+@overload
+def layout(tensor: Tensor | None) -> Layout | None: ...
+
+
+def layout(tensor: Tensor | None) -> Layout | None:
+    """Return the layout of a tensor; None for None."""
+    if tensor is None:
+        return None
+    return Layout(tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16)
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -120,17 +140,17 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def group_size(most: int, *tensors: Tensor | None) -> int:
+def group_size(most: int, *layouts: Layout | None) -> int:
     """Return how many neighbouring elements of the last dimension kernels may move at once: ``most`` or 1.
 
     ``most`` if every group of so many begins at a multiple of 16 bytes, or of the group's size if that is less.
     """
-    for tensor in tensors:
+    for tensor in layouts:
         if tensor is None:
             continue
-        step = min(16, most * tensor.element_size())
-        offsets = [tensor.data_ptr(), *(s * tensor.element_size() for s in tensor.stride()[:-1])]
-        if tensor.stride(-1) != 1 or tensor.shape[-1] % most or any(offset % step for offset in offsets):
+        step = min(16, most * tensor.dtype.itemsize)
+        offsets = [tensor.misaligned, *(s * tensor.dtype.itemsize for s in tensor.stride[:-1])]
+        if tensor.stride[-1] != 1 or tensor.shape[-1] % most or any(offset % step for offset in offsets):
             return 1
     return most
 
@@ -157,6 +177,57 @@ class Program:
         return _load(self, name, shared_bytes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """All of a launch but the addresses: made once for inputs of one layout, since that takes longer than a kernel.
+
+    Attributes:
+        program: the program.
+        kernel: name of the kernel.
+        grid: blocks.
+        threads: of a block.
+        struct: type of the argument.
+        template: the argument without addresses.
+        shared_bytes: dynamic shared memory of a block.
+    """
+
+    program: Program
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    struct: type[ctypes.Structure]
+    template: bytes
+    shared_bytes: int = 0
+
+    @staticmethod
+    def of(
+        program: Program, kernel: str, grid: tuple[int, int, int], threads: int, struct: type[ctypes.Structure],
+        numbers: Mapping[str, float], shared_bytes: int = 0,
+    ) -> Launch:  # fmt: skip
+        """Make one; ``numbers`` are the fields that are no addresses."""
+        return Launch(program, kernel, grid, threads, struct, bytes(struct(**numbers)), shared_bytes)
+
+    def __call__(self, **tensors: Tensor | None) -> None:
+        """Launch; None for tensors that the kernel will not read."""
+        arguments = self.struct.from_buffer_copy(self.template)
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                setattr(arguments, name, tensor.data_ptr())
+        self.program.kernel(self.kernel, self.shared_bytes)(self.grid, self.threads, arguments)
+
+
+def macros(**values: float) -> tuple[str, ...]:
+    """Return macros for a `Program`: truth values as 0 and 1."""
+    return tuple(f"{name}={int(value)}" for name, value in values.items())
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make the device current if it is another one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
 class Kernel:
     """A loaded kernel with one struct argument."""
 
@@ -168,7 +239,7 @@ class Kernel:
     def __call__(self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure) -> None:
         """Launch on torch's current stream of the device."""
         _use_primary_context(self._device)
-        stream = torch.cuda.current_stream(self._device).cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         _check(
             _driver().cuLaunchKernel(

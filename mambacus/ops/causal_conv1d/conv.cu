@@ -17,8 +17,8 @@ struct Args {
   const int* seq;
   void *y, *final_state, *grad_x, *grad_state;
   float* part;  // (batch, run, WIDTH + 1, d): gradients of weight and bias from one run
-  long long sxb, sgb;  // strides of the batch, in elements
-  int sxt, sgt;  // strides of tokens, in bytes
+  long long sxb, sgb, sob;  // strides of the batch, in elements; o: grad_x
+  int sxt, sgt, sot;  // strides of tokens, in bytes
   int batches, seqlen, d_inner;
 };
 
@@ -150,7 +150,7 @@ extern "C" __global__ void conv_backward(const Args p) {
   if (d >= p.d_inner) return;
   const Channels own(p, batch, d);
   const char* grad_y = at<X_TYPE>(p.grad_y, batch * p.sgb + d);
-  char* grad_x = at<X_TYPE>(p.grad_x, batch * p.seqlen * p.d_inner + d);
+  char* grad_x = at<X_TYPE>(p.grad_x, batch * p.sob + d);
   const int begin = blockIdx.y * RUN, end = min(begin + RUN, p.seqlen), last = p.seqlen - 1;
   float window[WIDTH][VEC], sums[WIDTH + 1][VEC];
   float pending[WIDTH][VEC];  // gradient so far of the input j tokens back
@@ -207,7 +207,7 @@ extern "C" __global__ void conv_backward(const Args p) {
       }
       const int complete = row - (WIDTH - 1);
       if (complete >= begin && complete < end)
-        put<X_TYPE>(grad_x + (long long)complete * p.d_inner * ELEMENT_BYTES(X_TYPE), pending[WIDTH - 1]);
+        put<X_TYPE>(grad_x + (long long)complete * p.sot, pending[WIDTH - 1]);
     }
   }
   float* part = p.part + (batch * gridDim.y + blockIdx.y) * (WIDTH + 1) * p.d_inner + d;

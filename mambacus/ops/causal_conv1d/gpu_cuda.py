@@ -5,27 +5,27 @@ Same functions as ``gpu.py``, which chooses between these kernels and Triton's.
 
 from __future__ import annotations
 
-import ctypes
-import dataclasses
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mambacus.ops import nvrtc
-from mambacus.ops.nvrtc import TYPES, Program, channels_last, parameter
+from mambacus.ops.nvrtc import TYPES, Launch, Layout, Program, channels_last, parameter
 
 MAX_WIDTH = 16
+MAX_ROWS = 65535
 _SOURCE = Path(__file__).with_name("conv.cu")
-_RUN = 64  # tokens of a thread, or a quarter of it where that gives few threads
+_RUN = 32  # tokens of a thread, or half of it where that gives few threads
 _ENOUGH_THREADS = 1 << 17
 _THREADS = 128
 _GROUP = 4  # channels of a thread
 _Args = nvrtc.struct(
     "x grad_y state grad_final weight bias seq y final_state grad_x grad_state part",
-    "sxb sgb",
-    "sxt sgt batches seqlen d_inner",
+    "sxb sgb sob",
+    "sxt sgt sot batches seqlen d_inner",
 )
 
 
@@ -35,54 +35,63 @@ def obstacle(x: Tensor, width: int, *others: Tensor | None) -> str | None:
         return f"they need CUDA tensors, got {x.device.type}"
     if width > MAX_WIDTH:
         return f"they hold at most {MAX_WIDTH} taps, got {width}"
-    if x.shape[0] > 65535:
-        return f"they take at most 65535 rows, got {x.shape[0]}"
-    if any(t is not None and t.dtype not in TYPES for t in (x, *others)):
-        return "they take float32, bfloat16 and float16"
+    if x.shape[0] > MAX_ROWS:
+        return f"they take at most {MAX_ROWS} rows, got {x.shape[0]}"
+    for tensor in (x, *others):
+        if tensor is not None and tensor.dtype not in TYPES:
+            return f"they take float32, bfloat16 and float16, got {tensor.dtype}"
     return nvrtc.unavailable()
 
 
-@functools.cache
-def _source() -> str:
-    return nvrtc.source(_SOURCE)
+class Case(NamedTuple):
+    """What the code and the sizes of a launch depend on."""
 
-
-@dataclasses.dataclass(frozen=True)
-class _Launch:
-    """How a kernel is compiled and launched: channels and tokens of a thread, and the grid."""
-
-    group: int
-    run: int
-    grid: tuple[int, int, int]
+    x: Layout
+    grad_y: Layout | None
+    grad_x: Layout | None
+    width: int
+    state_type: torch.dtype
+    has_bias: bool
+    has_seq: bool
+    has_state: bool
+    has_final: bool
+    silu: bool
+    device: int
 
     @staticmethod
-    def of(x: Tensor, grad_y: Tensor | None = None) -> _Launch:
-        batch, seqlen, d_inner = x.shape
-        group = nvrtc.group_size(_GROUP, x, grad_y)
-        run = _RUN if batch * seqlen * d_inner >= _ENOUGH_THREADS * group * _RUN else _RUN // 4
-        return _Launch(group, run, (-(-d_inner // (_THREADS * group)), -(-seqlen // run), batch))
-
-    def program(
-        self, x: Tensor, width: int, bias: Tensor | None, silu: bool, seq: Tensor | None, state: Tensor | None, *,
-        final: bool,
-    ) -> Program:  # fmt: skip
-        """Return the program for these inputs."""
-        macros = {
-            "WIDTH": width, "RUN": self.run, "VEC": self.group, "X_TYPE": TYPES[x.dtype],
-            "STATE_TYPE": TYPES[x.dtype if state is None else state.dtype], "HAS_BIAS": bias is not None,
-            "HAS_SEQ": seq is not None, "HAS_STATE": state is not None, "HAS_FINAL": final, "SILU": silu,
-        }  # fmt: skip
-        return Program(_source(), tuple(f"{name}={int(value)}" for name, value in macros.items()), x.device.index)
+    def of(
+        x: Tensor, grad_y: Tensor | None, grad_x: Tensor | None, weight: Tensor, bias: Tensor | None, silu: bool,
+        seq: Tensor | None, state: Tensor | None, final: Tensor | None,
+    ) -> Case:  # fmt: skip
+        """Return the case of these tensors."""
+        return Case(
+            nvrtc.layout(x), nvrtc.layout(grad_y), nvrtc.layout(grad_x), weight.shape[1],
+            x.dtype if state is None else state.dtype,
+            bias is not None, seq is not None, state is not None, final is not None, silu, x.device.index,
+        )  # fmt: skip
 
 
-def _arguments(x: Tensor, grad_y: Tensor | None, **tensors: Tensor | None) -> ctypes.Structure:
-    arguments = _Args()
-    sxb, sxt = nvrtc.strides(x)
-    sgb, sgt = nvrtc.strides(grad_y)
-    batch, seqlen, d_inner = x.shape
-    sizes = {"sxb": sxb, "sxt": sxt, "sgb": sgb, "sgt": sgt, "batches": batch, "seqlen": seqlen, "d_inner": d_inner}
-    nvrtc.fill(arguments, {"x": x, "grad_y": grad_y, **tensors, **sizes})
-    return arguments
+@functools.lru_cache(maxsize=1024)
+def _launch(case: Case, kernel: str) -> Launch:
+    batch, seqlen, d_inner = case.x.shape
+    group = nvrtc.group_size(_GROUP, case.x, case.grad_y, case.grad_x)
+    run = _RUN if batch * seqlen * d_inner >= _ENOUGH_THREADS * group * _RUN else _RUN // 2
+    macros = nvrtc.macros(
+        WIDTH=case.width, RUN=run, VEC=group, X_TYPE=TYPES[case.x.dtype], STATE_TYPE=TYPES[case.state_type],
+        HAS_BIAS=case.has_bias, HAS_SEQ=case.has_seq, HAS_STATE=case.has_state, HAS_FINAL=case.has_final,
+        SILU=case.silu,
+    )  # fmt: skip
+    numbers = {"batches": batch, "seqlen": seqlen, "d_inner": d_inner}
+    numbers["sxb"], numbers["sxt"] = case.x.strides
+    if case.grad_y is not None and case.grad_x is not None:
+        numbers["sgb"], numbers["sgt"] = case.grad_y.strides
+        numbers["sob"], numbers["sot"] = case.grad_x.strides
+    if kernel == "conv_backward_state":
+        grid = (-(-d_inner // _THREADS), 1, batch)
+    else:
+        grid = (-(-d_inner // (_THREADS * group)), -(-seqlen // run), batch)
+    program = Program(nvrtc.source(_SOURCE), macros, case.device)
+    return Launch.of(program, kernel, grid, _THREADS, _Args, numbers)
 
 
 def _ids(seq_idx: Tensor | None) -> Tensor | None:
@@ -103,11 +112,8 @@ def forward(
         final = x.new_zeros(batch, d_inner, width)  # a row of padding alone has no last token that would write it
     else:
         final = state.to(x.dtype, copy=True)
-    weight_, bias_ = parameter(weight), parameter(bias)
-    arguments = _arguments(x, None, weight=weight_, bias=bias_, seq=seq, state=state, y=y, final_state=final)
-    launch = _Launch.of(x)
-    program = launch.program(x, width, bias, silu, seq, state, final=False)
-    program.kernel("conv_forward")(launch.grid, _THREADS, arguments)
+    launch = _launch(Case.of(x, None, None, weight, bias, silu, seq, state, None), "conv_forward")
+    launch(x=x, weight=parameter(weight), bias=parameter(bias), seq=seq, state=state, y=y, final_state=final)
     return y, final
 
 
@@ -120,23 +126,27 @@ def backward(
     silu: bool,
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
+    grad_x: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the backward kernels; return gradients of x, weight, bias (float32) and initial_state."""
+    """Run the backward kernels; return gradients of x, weight, bias (float32) and initial_state.
+
+    ``grad_x`` is memory for that gradient, rows with neighbouring channels next to each other; fresh if None.
+    """
     batch, seqlen, d_inner = x.shape
     width = weight.shape[1]
     x, grad_y, seq = channels_last(x), channels_last(grad_y.to(x.dtype)), _ids(seq_idx)
     state = None if initial_state is None else initial_state.contiguous()
     final = None if grad_final is None else grad_final.to(x.dtype).contiguous()
-    launch = _Launch.of(x, grad_y)
-    grad_x = x.new_empty(batch, seqlen, d_inner)
+    grad_x = x.new_empty(batch, seqlen, d_inner) if grad_x is None else grad_x
+    case = Case.of(x, grad_y, grad_x, weight, bias, silu, seq, state, final)
+    launch = _launch(case, "conv_backward")
     part = x.new_empty(batch, launch.grid[1], width + 1, d_inner, dtype=torch.float32)
     grad_state = x.new_empty(0) if state is None else torch.empty_like(state)
-    weight_, bias_ = parameter(weight), parameter(bias)
-    arguments = _arguments(x, grad_y, weight=weight_, bias=bias_, seq=seq, state=state, grad_final=final,
-                           grad_x=grad_x, grad_state=grad_state, part=part)  # fmt: skip
-    program = launch.program(x, width, bias, silu, seq, state, final=final is not None)
-    program.kernel("conv_backward")(launch.grid, _THREADS, arguments)
+    tensors = {"x": x, "grad_y": grad_y, "weight": parameter(weight), "bias": parameter(bias), "seq": seq,
+               "state": state, "grad_final": final, "grad_x": grad_x, "grad_state": grad_state,
+               "part": part}  # fmt: skip
+    launch(**tensors)
     if state is not None:
-        program.kernel("conv_backward_state")((-(-d_inner // _THREADS), 1, batch), _THREADS, arguments)
+        _launch(case, "conv_backward_state")(**tensors)
     sums = part.sum((0, 1))
     return grad_x, sums[:width].t().contiguous(), sums[width], grad_state

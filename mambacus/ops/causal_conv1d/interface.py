@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mambacus.ops.causal_conv1d.reference import causal_conv1d_ref, causal_conv1d_update_ref
 from mambacus.ops.checks import check_shape, check_tokens
-from mambacus.ops.dispatch import choose_backend, runs_eagerly_on_cpu
+from mambacus.ops.dispatch import choose_backend, runs_eagerly_on_cpu, runs_eagerly_on_gpu
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? seq_idx, Tensor? initial_state"
 torch.library.define("mambacus::causal_conv1d_forward", f"({_INPUTS}) -> (Tensor y, Tensor final_state)")
@@ -82,7 +82,12 @@ def causal_conv1d(
     check_shape("initial_state", initial_state, (x.shape[0], *weight.shape))
     if choose_backend("causal_conv1d", x.device, backend, dtype=x.dtype).name == "reference":
         return causal_conv1d_ref(x, weight, bias, activation=activation, seq_idx=seq_idx, initial_state=initial_state)
-    return torch.ops.mambacus.causal_conv1d_forward(x, weight, bias, silu, seq_idx, initial_state)
+    given = (x, weight, bias, silu, seq_idx, initial_state)
+    if runs_eagerly_on_gpu(x):
+        tensors = (x, weight, bias, initial_state)
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return _kernels("cuda").conv(*given, needs_grad)
+    return torch.ops.mambacus.causal_conv1d_forward(*given)
 
 
 def causal_conv1d_update(
@@ -134,7 +139,10 @@ def causal_conv1d_update(
         return y.squeeze(1), state
     if out is not None and runs_eagerly_on_cpu(x):
         return _kernels("cpu").update(x, conv_state, weight, bias, silu, out)
-    y, state = torch.ops.mambacus.causal_conv1d_update(x, conv_state, weight, bias, silu)
+    if runs_eagerly_on_gpu(x):
+        y, state = _kernels("cuda").update(x, conv_state, weight, bias, silu)
+    else:
+        y, state = torch.ops.mambacus.causal_conv1d_update(x, conv_state, weight, bias, silu)
     return y, state if out is None else out.copy_(state)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mambacus.ops import nvrtc
-from mambacus.ops.nvrtc import TYPES, Program
+from mambacus.ops.nvrtc import TYPES, Launch, Layout, Program
 
 _THREADS = 512
 _GROUP = 8  # logits moved at once
@@ -17,9 +17,13 @@ _SOURCE = Path(__file__).with_name("loss.cu")
 _Args = nvrtc.struct("logits targets losses", "", "")
 
 
-@functools.cache
-def _source() -> str:
-    return nvrtc.source(_SOURCE)
+@functools.lru_cache(maxsize=256)
+def _launch(logits: Layout, gradient: bool, device: int) -> Launch:
+    rows, columns = logits.shape
+    macros = nvrtc.macros(COLUMNS=columns, VEC=nvrtc.group_size(_GROUP, logits), THREADS=_THREADS,
+                          LOGITS_TYPE=TYPES[logits.dtype], GRADIENT=gradient)  # fmt: skip
+    program = Program(nvrtc.source(_SOURCE), macros, device)
+    return Launch.of(program, "cross_entropy", (rows, 1, 1), _THREADS, _Args, {})
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
@@ -30,14 +34,8 @@ def cross_entropy_(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor
         targets: int64 (rows,), contiguous.
         gradient: whether the gradients are wanted.
     """
-    rows, columns = logits.shape
-    losses = logits.new_empty(rows, dtype=torch.float32)
-    if rows == 0:
-        return losses
-    macros = {"COLUMNS": columns, "VEC": nvrtc.group_size(_GROUP, logits), "THREADS": _THREADS,
-              "LOGITS_TYPE": TYPES[logits.dtype], "GRADIENT": gradient}  # fmt: skip
-    program = Program(_source(), tuple(f"{name}={int(value)}" for name, value in macros.items()), logits.device.index)
-    arguments = _Args()
-    nvrtc.fill(arguments, {"logits": logits, "targets": targets, "losses": losses})
-    program.kernel("cross_entropy")((rows, 1, 1), _THREADS, arguments)
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    if len(logits) > 0:
+        launch = _launch(nvrtc.layout(logits), gradient, logits.device.index)
+        launch(logits=logits, targets=targets, losses=losses)
     return losses

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambacus.ops.dispatch import runs_eagerly_on_cpu
+from mambacus.ops.dispatch import runs_eagerly_on_cpu, runs_eagerly_on_gpu
 
 _VECTOR = 16  # the kernel reads whole vectors of at most so many numbers
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -44,8 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Source: Zhang & Sennrich 2019, Root Mean Square Layer Normalization (arXiv 1910.07467), equation 4.
     """
     if _runs_on_gpu(x, weight):
-        y, _, _ = torch.ops.mambacus.rms_norm_forward(x, None, weight, eps, _result_dtype(weight))
-        return y
+        return _normalise(x, None, weight, eps)[0]
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     fits = x.shape[-1:] == weight.shape and weight.shape[0] % _VECTOR == 0 and x.numel() > 0
     known = x.dtype in _KERNEL_DTYPES and weight.dtype in _KERNEL_DTYPES
@@ -73,8 +72,7 @@ def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[
     """
     same = x.shape == added.shape and torch.promote_types(x.dtype, added.dtype) == x.dtype
     if same and _runs_on_gpu(x, weight, added):
-        y, total, _ = torch.ops.mambacus.rms_norm_forward(x, added, weight, eps, _result_dtype(weight))
-        return y, total
+        return _normalise(x, added, weight, eps)
     total = x + added
     return rms_norm(total, weight, eps), total
 
@@ -85,6 +83,16 @@ def _runs_on_gpu(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
     from mambacus.ops.rms_norm.gpu import obstacle
 
     return obstacle(x, weight, *others) is None
+
+
+def _normalise(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dtype = _result_dtype(weight)
+    if runs_eagerly_on_gpu(x):
+        from mambacus.ops.rms_norm.gpu import normalise
+
+        return normalise(x, added, weight, eps, dtype)
+    y, total, _ = torch.ops.mambacus.rms_norm_forward(x, added, weight, eps, dtype)
+    return y, total
 
 
 def _result_dtype(weight: Tensor) -> torch.dtype:

@@ -5,26 +5,31 @@ Same functions as ``gpu.py``, which chooses between these kernels and Triton's.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mambacus.ops import nvrtc
-from mambacus.ops.nvrtc import TYPES, Program, channels_last, parameter
+from mambacus.ops.nvrtc import TYPES, Launch, Layout, Program, channels_last, layout, parameter
 
 MAX_STATES = 64
+MAX_ROWS = 65535
 CHANNELS = 32  # of a block
+SUM_TOKENS = 128  # of a block of ``sum_tokens``
+# Blocks for each multiprocessor with which a sequence is left whole, since cut, its exponentials are computed again. A
+# cut one gives at least so many blocks, of at most so many tokens and at least so many chunks. Measured on an H100.
+_ENOUGH_FORWARD, _ENOUGH_BACKWARD = 1.3, 1.9
+_SEGMENTED_BLOCKS, _LONGEST_SEGMENT, _FEWEST_CHUNKS = 4, 1024, 3
 _SOURCE = Path(__file__).with_name("scan.cu")
 _Args = nvrtc.struct(
     "x delta B C z grad_y A D bias state seq y grad_x grad_delta grad_z grad_B grad_C end_state carry segment_steps "
-    "segment_restarts chunk_states part_B part_C part_sums",
-    "sxb sdb szb sgb sBb sCb",
-    "sxt sdt szt sgt sBt sCt sBn sCn batches seqlen d_inner n_chunks blocks padded segment",
+    "segment_restarts chunk_states part_B part_C part_sums grad_A grad_D grad_bias",
+    "sxb sdb szb sgb sBb sCb sob",
+    "sxt sdt szt sgt sBt sCt sBn sCn sot batches seqlen d_inner n_chunks blocks padded segment",
 )
 
 
@@ -51,10 +56,11 @@ def obstacle(x: Tensor, d_state: int, *others: Tensor | None) -> str | None:
         return f"they need CUDA tensors, got {x.device.type}"
     if d_state > MAX_STATES:
         return f"they hold at most {MAX_STATES} states, got {d_state}"
-    if x.shape[0] > 65535:
-        return f"they take at most 65535 rows, got {x.shape[0]}"
-    if any(t is not None and t.dtype not in TYPES for t in (x, *others)):
-        return "they take float32, bfloat16 and float16"
+    if x.shape[0] > MAX_ROWS:
+        return f"they take at most {MAX_ROWS} rows, got {x.shape[0]}"
+    for tensor in (x, *others):
+        if tensor is not None and tensor.dtype not in TYPES:
+            return f"they take float32, bfloat16 and float16, got {tensor.dtype}"
     return nvrtc.unavailable() or _too_old(x.device.index)
 
 
@@ -69,28 +75,33 @@ def _multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def forward_plan(x: Tensor, d_state: int, chunk: int) -> Plan:
-    """Return the launch of ``scan_forward``."""
-    return Plan(warps=4, tile=32, blocks=4, segment=_segment(x, chunk))
+@functools.lru_cache(maxsize=1024)
+def forward_plan(shape: tuple[int, int, int], d_state: int, chunk: int, device: int) -> Plan:
+    """Return the launch of ``scan_forward`` for x of this shape."""
+    return Plan(
+        warps=4, tile=32, blocks=4 if d_state <= 16 else 1, segment=_segment(shape, chunk, device, _ENOUGH_FORWARD)
+    )
 
 
-def backward_plan(x: Tensor, d_state: int, chunk: int) -> Plan:
-    """Return the launch of ``scan_backward``."""
-    return Plan(warps=4, tile=16, blocks=3, segment=_segment(x, chunk))
+@functools.lru_cache(maxsize=1024)
+def backward_plan(shape: tuple[int, int, int], chunk: int, device: int) -> Plan:
+    """Return the launch of ``scan_backward`` for x of this shape."""
+    batch, seqlen, d_inner = shape
+    segment = _segment(shape, chunk, device, _ENOUGH_BACKWARD)
+    blocks = batch * -(-d_inner // CHANNELS) * -(-seqlen // segment)
+    if 2 * _multiprocessors(device) < blocks <= 3 * _multiprocessors(device):
+        return Plan(warps=4, tile=8, blocks=3, segment=segment)  # slower by itself, but all at once
+    return Plan(warps=4, tile=16, blocks=2, segment=segment)
 
 
-def _segment(x: Tensor, chunk: int) -> int:
-    """Return the longest segment that leaves three blocks or more to each multiprocessor."""
-    batch, seqlen, d_inner = x.shape
+def _segment(shape: tuple[int, int, int], chunk: int, device: int, enough: float) -> int:
+    """Return the whole sequence if that gives enough blocks for each multiprocessor, else segments of it."""
+    batch, seqlen, d_inner = shape
     rows, chunks = batch * -(-d_inner // CHANNELS), -(-seqlen // chunk)
-    if rows >= _multiprocessors(x.device.index):
+    if rows >= enough * _multiprocessors(device):
         return chunk * chunks
-    return chunk * -(-chunks // min(chunks, -(-4 * _multiprocessors(x.device.index) // rows)))
-
-
-@functools.cache
-def _source() -> str:
-    return nvrtc.source(_SOURCE)
+    wanted = max(-(-_SEGMENTED_BLOCKS * _multiprocessors(device) // rows), -(-seqlen // _LONGEST_SEGMENT))
+    return chunk * -(-chunks // max(1, min(wanted, chunks // _FEWEST_CHUNKS)))
 
 
 def backward_shared_bytes(plan: Plan, chunk: int, d_state: int) -> int:
@@ -101,8 +112,65 @@ def backward_shared_bytes(plan: Plan, chunk: int, d_state: int) -> int:
     return 4 * floats
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
+class Case(NamedTuple):
+    """What the code and the sizes of a launch depend on."""
+
+    x: Layout
+    delta: Layout
+    B: Layout
+    C: Layout
+    z: Layout | None
+    grad_y: Layout | None
+    grad_z: Layout | None
+    has_skip: bool
+    has_bias: bool
+    has_seq: bool
+    softplus: bool
+    device: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    case: Case, plan: Plan, chunk: int, direction: str, kernel: str, has_state: bool, has_initial: bool,
+    has_carry: bool, save: bool,
+) -> Launch:  # fmt: skip
+    """Return the launch of one kernel; the last four are macros of ``scan.cu``."""
+    batch, seqlen, d_inner = case.x.shape
+    d_state, n_chunks, blocks = case.B.shape[2], -(-seqlen // chunk), -(-d_inner // CHANNELS)
+    n_segments = -(-seqlen // plan.segment)
+    z = case.z or case.x
+    macros = nvrtc.macros(
+        STATES=d_state, WARPS=plan.warps, TILE=plan.tile, CHUNK=chunk, MIN_BLOCKS=plan.blocks,
+        X_TYPE=TYPES[case.x.dtype], DELTA_TYPE=TYPES[case.delta.dtype], B_TYPE=TYPES[case.B.dtype],
+        C_TYPE=TYPES[case.C.dtype], Z_TYPE=TYPES[z.dtype],
+        VEC=nvrtc.group_size(8, case.x, case.delta, case.z, case.grad_y, case.grad_z),
+        MATRIX_VEC=nvrtc.group_size(4, case.B, case.C), HAS_D=case.has_skip, HAS_Z=case.z is not None,
+        HAS_BIAS=case.has_bias, HAS_SEQ=case.has_seq, SOFTPLUS=case.softplus, EXACT=d_inner % CHANNELS == 0,
+        HAS_STATE=has_state, HAS_INITIAL=has_initial, HAS_CARRY=has_carry, SAVE=save,
+    )  # fmt: skip
+    numbers = {
+        "sBn": case.B.stride[2] * case.B.dtype.itemsize, "sCn": case.C.stride[2] * case.C.dtype.itemsize,
+        "batches": batch, "seqlen": seqlen, "d_inner": d_inner, "n_chunks": n_chunks, "blocks": blocks,
+        "padded": n_chunks * chunk, "segment": plan.segment,
+    }  # fmt: skip
+    for letter, own in (("x", case.x), ("d", case.delta), ("z", case.z), ("g", case.grad_y), ("B", case.B),
+                        ("C", case.C), ("o", case.grad_z)):  # fmt: skip
+        if own is not None:
+            numbers[f"s{letter}b"], numbers[f"s{letter}t"] = own.strides
+    grid, threads = {
+        "scan_forward": ((batch * blocks, n_segments, 1), 32 * plan.warps),
+        "scan_backward": ((batch * blocks, n_segments, 1), 32 * plan.warps),
+        "scan_segment": ((batch * blocks, n_segments, 1), 32 * plan.warps),
+        "chain_segments": ((-(-d_inner // 128), d_state, batch), 128),
+        "sum_tokens": ((-(-seqlen // SUM_TOKENS), batch, 2), 32 * min(d_state, 16)),
+        "sum_rows": ((-(-d_inner // 32), d_state + 2, 1), 256),
+    }[kernel]
+    shared = backward_shared_bytes(plan, chunk, d_state) if kernel == "scan_backward" else 0
+    program = Program(nvrtc.source(_SOURCE), (direction, *macros), case.device)
+    return Launch.of(program, kernel, grid, threads, _Args, numbers, shared)
+
+
+class Inputs(NamedTuple):
     """The inputs as the kernels want them: channels next to each other, parameters float32 and contiguous."""
 
     x: Tensor
@@ -128,38 +196,18 @@ class Inputs:
             None if seq_idx is None else seq_idx.to(torch.int32).contiguous(), delta_softplus,
         )  # fmt: skip
 
-    def program(self, direction: str, plan: Plan, chunk: int, grad_y: Tensor | None = None, **flags: bool) -> Program:
-        """Return the program for these inputs."""
-        z = self.x if self.z is None else self.z
-        macros: dict[str, int] = {
-            "STATES": self.A.shape[1], "WARPS": plan.warps, "TILE": plan.tile, "CHUNK": chunk,
-            "MIN_BLOCKS": plan.blocks, "X_TYPE": TYPES[self.x.dtype], "DELTA_TYPE": TYPES[self.delta.dtype],
-            "B_TYPE": TYPES[self.B.dtype], "C_TYPE": TYPES[self.C.dtype], "Z_TYPE": TYPES[z.dtype],
-            "VEC": nvrtc.group_size(8, self.x, self.delta, self.z, grad_y),
-            "MATRIX_VEC": nvrtc.group_size(4, self.B, self.C), "HAS_D": self.D is not None,
-            "HAS_Z": self.z is not None, "HAS_BIAS": self.bias is not None, "HAS_SEQ": self.seq is not None,
-            "SOFTPLUS": self.softplus, "EXACT": self.x.shape[2] % CHANNELS == 0, **flags,
-        }  # fmt: skip
-        values = (f"{name}={int(value)}" for name, value in macros.items())
-        return Program(_source(), (direction, *values), self.x.device.index)
+    def case(self, grad_y: Tensor | None = None, grad_z: Tensor | None = None) -> Case:
+        """Return what the launches depend on."""
+        return Case(
+            layout(self.x), layout(self.delta), layout(self.B), layout(self.C), layout(self.z), layout(grad_y),
+            layout(grad_z), self.D is not None, self.bias is not None, self.seq is not None, self.softplus,
+            self.x.device.index,
+        )  # fmt: skip
 
-    def arguments(self, plan: Plan, chunk: int, **more: Tensor | int | None) -> ctypes.Structure:
-        """Return the struct; ``more`` are further tensors by name."""
-        batch, seqlen, d_inner = self.x.shape
-        n_chunks = -(-seqlen // chunk)
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | more
-        del values["softplus"]
-        for letter, tensor in (("x", self.x), ("d", self.delta), ("z", self.z), ("g", values.get("grad_y")),
-                               ("B", self.B), ("C", self.C)):  # fmt: skip
-            values[f"s{letter}b"], values[f"s{letter}t"] = nvrtc.strides(tensor)
-        values |= {
-            "sBn": self.B.stride(2) * self.B.element_size(), "sCn": self.C.stride(2) * self.C.element_size(),
-            "batches": batch, "seqlen": seqlen, "d_inner": d_inner, "n_chunks": n_chunks,
-            "blocks": -(-d_inner // CHANNELS), "padded": n_chunks * chunk, "segment": plan.segment,
-        }  # fmt: skip
-        arguments = _Args()
-        nvrtc.fill(arguments, values)
-        return arguments
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Return what every kernel is given."""
+        return {"x": self.x, "delta": self.delta, "A": self.A, "B": self.B, "C": self.C, "D": self.D, "z": self.z,
+                "bias": self.bias, "seq": self.seq}  # fmt: skip
 
 
 def enter_segments(
@@ -181,44 +229,42 @@ def enter_segments(
     carry, leaving = buffer(batch, n_segments, d_state, d_inner), buffer(batch, d_inner, d_state)
     steps, restarts = buffer(batch, n_segments, d_inner), buffer(batch, n_segments)
     plan = dataclasses.replace(plan, warps=4, tile=32, blocks=1)
-    program = i.program(f"SEGMENT={0 if grad_y is None else 1}", plan, chunk, grad_y,
-                        HAS_STATE=state is not None, HAS_INITIAL=False, HAS_CARRY=False, SAVE=False)  # fmt: skip
-    arguments = i.arguments(
-        plan, chunk, state=state, grad_y=grad_y, carry=carry, end_state=leaving, segment_steps=steps,
-        segment_restarts=restarts,
-    )  # fmt: skip
-    program.kernel("scan_segment")((batch * arguments.blocks, n_segments, 1), 32 * plan.warps, arguments)
-    program.kernel("chain_segments")((-(-d_inner // 128), d_state, batch), 128, arguments)
+    case, direction = i.case(grad_y), f"SEGMENT={0 if grad_y is None else 1}"
+    for kernel in ("scan_segment", "chain_segments"):
+        launch = _launch(case, plan, chunk, direction, kernel, state is not None, False, False, False)
+        launch(**i.tensors(), state=state, grad_y=grad_y, carry=carry, end_state=leaving, segment_steps=steps,
+               segment_restarts=restarts)  # fmt: skip
     return carry, leaving
 
 
 def forward(
-    i: Inputs, initial_state: Tensor | None, save_states: bool, plan: Plan, chunk: int
+    i: Inputs, initial_state: Tensor | None, save_states: bool, plan: Plan | None, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward kernels; return y, final_state and the states at the chunks, (batch, chunk, n, d) in memory."""
     batch, seqlen, d_inner = i.x.shape
     d_state = i.A.shape[1]
+    plan = plan or forward_plan(i.x.shape, d_state, chunk, i.x.device.index)
     y = i.x.new_empty(batch, seqlen, d_inner)
     chunks = i.x.new_empty(batch, -(-seqlen // chunk) if save_states else 0, d_inner, d_state, dtype=torch.float32)
-    state = None if initial_state is None else initial_state.float().contiguous()
+    state = parameter(initial_state)
     carry = None
     if plan.segment < seqlen:
         carry, final = enter_segments(i, state, None, plan, chunk)
     else:
         final = i.x.new_empty(batch, d_inner, d_state, dtype=torch.float32)
-    program = i.program("FORWARD", plan, chunk, HAS_STATE=state is not None, HAS_INITIAL=False,
-                        HAS_CARRY=carry is not None, SAVE=save_states)  # fmt: skip
-    arguments = i.arguments(plan, chunk, state=state, y=y, end_state=final, carry=carry, chunk_states=chunks)
-    grid = (batch * arguments.blocks, -(-seqlen // plan.segment), 1)
-    program.kernel("scan_forward")(grid, 32 * plan.warps, arguments)
+    launch = _launch(i.case(), plan, chunk, "FORWARD", "scan_forward", state is not None, False, carry is not None,
+                     save_states)  # fmt: skip
+    launch(**i.tensors(), state=state, y=y, end_state=final, carry=carry, chunk_states=chunks)
     return y, final, chunks
 
 
 def backward(
-    i: Inputs, grad_y: Tensor, grad_final: Tensor | None, chunk_states: Tensor, plan: Plan, chunk: int, *,
-    wants_initial: bool,
+    i: Inputs, grad_y: Tensor, grad_final: Tensor | None, chunk_states: Tensor, plan: Plan | None, chunk: int, *,
+    wants_initial: bool, grad_z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the backward kernels and the sums over blocks, segments and rows of the batch.
+
+    ``grad_z`` is memory for that gradient, rows with neighbouring channels next to each other; fresh if None.
 
     Returns:
         Gradients of x, delta, A, B, C, D, z, delta_bias, initial_state; those of A, D, delta_bias and initial_state in
@@ -226,31 +272,29 @@ def backward(
     """
     batch, seqlen, d_inner = i.x.shape
     d_state = i.A.shape[1]
-    grad_y = channels_last(grad_y.to(i.x.dtype))
-    state = None if grad_final is None else grad_final.float().contiguous()
-    shared = backward_shared_bytes(plan, chunk, d_state)
-    n_segments, blocks = -(-seqlen // plan.segment), -(-d_inner // CHANNELS)
+    plan = plan or backward_plan(i.x.shape, chunk, i.x.device.index)
+    grad_y, state = channels_last(grad_y.to(i.x.dtype)), parameter(grad_final)
+    n_segments, blocks, padded = -(-seqlen // plan.segment), -(-d_inner // CHANNELS), -(-seqlen // chunk) * chunk
     buffer = functools.partial(torch.empty, dtype=torch.float32, device=i.x.device)
-    padded = -(-seqlen // chunk) * chunk
     part_B, part_C = buffer(blocks, batch, d_state, padded), buffer(blocks, batch, d_state, padded)
     part_sums = buffer(batch, n_segments, d_state + 2, d_inner)
+    grad_A, grad_D, grad_bias = buffer(d_inner, d_state), buffer(d_inner), buffer(d_inner)
     carry = None
     if plan.segment < seqlen:
         carry, grad_initial = enter_segments(i, state, grad_y, plan, chunk)
     else:
         grad_initial = buffer((batch, d_inner, d_state) if wants_initial else 0)
-    program = i.program("BACKWARD", plan, chunk, grad_y, HAS_STATE=state is not None, HAS_INITIAL=wants_initial,
-                        HAS_CARRY=carry is not None, SAVE=False)  # fmt: skip
     grad_x, grad_delta = i.x.new_empty(i.x.shape), i.delta.new_empty(i.x.shape)
-    grad_z = i.x.new_empty(0) if i.z is None else i.z.new_empty(i.x.shape)
+    if grad_z is None:
+        grad_z = i.x.new_empty(0) if i.z is None else i.z.new_empty(i.x.shape)
     grad_B, grad_C = i.B.new_empty(i.B.shape), i.C.new_empty(i.C.shape)
-    arguments = i.arguments(
-        plan, chunk, grad_y=grad_y, state=state, carry=carry, chunk_states=chunk_states, grad_x=grad_x,
-        grad_delta=grad_delta, grad_z=grad_z, grad_B=grad_B, grad_C=grad_C, end_state=grad_initial, part_B=part_B,
-        part_C=part_C, part_sums=part_sums,
-    )  # fmt: skip
-    program.kernel("scan_backward", shared)((batch * blocks, n_segments, 1), 32 * plan.warps, arguments)
-    program.kernel("sum_tokens")((-(-seqlen // 32), batch, 2), 256, arguments)
-    sums = part_sums.sum((0, 1))
-    return (grad_x, grad_delta, sums[:d_state].t().contiguous(), grad_B, grad_C, sums[d_state], grad_z,
-            sums[d_state + 1], grad_initial)  # fmt: skip
+    case = i.case(grad_y, None if i.z is None else grad_z)
+    for kernel in ("scan_backward", "sum_tokens", "sum_rows"):
+        launch = _launch(case, plan, chunk, "BACKWARD", kernel, state is not None, wants_initial, carry is not None,
+                         False)  # fmt: skip
+        launch(
+            **i.tensors(), grad_y=grad_y, state=state, carry=carry, chunk_states=chunk_states, grad_x=grad_x,
+            grad_delta=grad_delta, grad_z=grad_z, grad_B=grad_B, grad_C=grad_C, end_state=grad_initial, part_B=part_B,
+            part_C=part_C, part_sums=part_sums, grad_A=grad_A, grad_D=grad_D, grad_bias=grad_bias,
+        )  # fmt: skip
+    return grad_x, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial

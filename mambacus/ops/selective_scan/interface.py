@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mambacus.ops.checks import check_shape, check_tokens
-from mambacus.ops.dispatch import choose_backend, runs_eagerly_on_cpu
+from mambacus.ops.dispatch import choose_backend, runs_eagerly_on_cpu, runs_eagerly_on_gpu
 from mambacus.ops.selective_scan.reference import selective_scan_ref, selective_state_update_ref
 
 _INPUTS = (
@@ -108,6 +108,9 @@ def selective_scan(
             initial_state=initial_state,
         )  # fmt: skip
     save_states = _needs_grad(x, delta, A, B, C, D, z, delta_bias, initial_state)
+    if runs_eagerly_on_gpu(x):
+        inputs = (x, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx, initial_state)
+        return _kernels("cuda").scan(*inputs, save_states)
     y, final_state, _ = torch.ops.mambacus.selective_scan_forward(
         x, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx, initial_state, save_states
     )
@@ -187,7 +190,10 @@ def selective_state_update(
     arguments = (state, x, delta, A, B, C, D, z, delta_bias, delta_softplus)
     if out is not None and runs_eagerly_on_cpu(x):
         return _kernels("cpu").update(*arguments, out)
-    y, new_state = torch.ops.mambacus.selective_state_update(*arguments)
+    if runs_eagerly_on_gpu(x):
+        y, new_state = _kernels("cuda").update(*arguments)
+    else:
+        y, new_state = torch.ops.mambacus.selective_state_update(*arguments)
     return y, new_state if out is None else out.copy_(new_state)
 
 

@@ -35,8 +35,9 @@ struct Args {
   float* chunk_states;  // (batch, chunk, n, d)
   float *part_B, *part_C;  // (block, batch, n, padded)
   float* part_sums;  // (batch, segment, n + 2, d): gradients of A, D and bias from one segment of one row of the batch
-  long long sxb, sdb, szb, sgb, sBb, sCb;  // strides of the batch, in elements
-  int sxt, sdt, szt, sgt, sBt, sCt, sBn, sCn;  // strides of tokens and states, in bytes
+  float *grad_A, *grad_D, *grad_bias;
+  long long sxb, sdb, szb, sgb, sBb, sCb, sob;  // strides of the batch, in elements; o: grad_z
+  int sxt, sdt, szt, sgt, sBt, sCt, sBn, sCn, sot;  // strides of tokens and states, in bytes
   int batches, seqlen, d_inner, n_chunks, blocks, padded, segment;  // segment: tokens of one block, a multiple of CHUNK
 };
 
@@ -71,6 +72,12 @@ __device__ __forceinline__ float restart_of(const int* seq, int row, int seqlen)
 __device__ __forceinline__ float entering(const Args& p, long long batch, int n, int d) {
   if (HAS_CARRY) return p.carry[((batch * gridDim.y + blockIdx.y) * STATES + n) * p.d_inner + d];
   return HAS_STATE ? p.state[(batch * p.d_inner + d) * STATES + n] : 0.0f;
+}
+
+// N elements of a row from a channel on; all threads share the origin, a row near by, so 32 bits hold what differs.
+template <int TYPE, int N>
+__device__ __forceinline__ Pack<TYPE, N> pick(const char* origin, int row, int stride, int channel) {
+  return *(const Pack<TYPE, N>*)(origin + (unsigned)(row * stride + channel * ELEMENT_BYTES(TYPE)));
 }
 
 // A thread's part of ROWS x CHANNELS elements: N neighbouring channels of every STRIDE-th row.
@@ -229,6 +236,8 @@ extern "C" __global__ void chain_segments(const Args p) {
 #endif
 
 #ifdef FORWARD
+#define GROUP (STATES_PER_WARP <= 4 ? 4 : STATES_PER_WARP <= 8 ? 2 : 1)  // tokens worked on together
+
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const Args p) {
   typedef Share<TILE> Own;
   typedef MatrixShare<TILE> OwnMatrix;
@@ -320,17 +329,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
       for (int i = 0; i < STATES_PER_WARP; i++)
         if (n0 + i < STATES) saved[(n0 + i) * p.d_inner] = h[i];
     }
-#pragma unroll 4
-    for (int t = 0; t < TILE; t++) {
-      const float2 pair = s_pair[t][lane];
-      float sum = 0.0f;
+    // A group of tokens at a time. What the next group needs is read before the sums of this one are written, since the compiler
+    // keeps reads behind writes
+    float2 pair[GROUP];
+    float b[GROUP][STATES_PER_WARP], c[GROUP][STATES_PER_WARP];
+    auto read_inputs = [&](int first) {
 #pragma unroll
-      for (int i = 0; i < STATES_PER_WARP; i++) {
-        const float decay = exp2_fast(HAS_SEQ ? fmaf(pair.x, a2[i], s_restart[t]) : pair.x * a2[i]);
-        h[i] = fmaf(decay, h[i], pair.y * s_B[t][n0 + i]);
-        sum = fmaf(h[i], s_C[t][n0 + i], sum);
+      for (int t = 0; t < GROUP; t++) {
+        pair[t] = s_pair[first + t][lane];
+#pragma unroll
+        for (int i = 0; i < STATES_PER_WARP; i++) b[t][i] = s_B[first + t][n0 + i];
       }
-      s_sum[warp][t][lane] = sum;
+    };
+    auto read_outputs = [&](int first) {
+#pragma unroll
+      for (int t = 0; t < GROUP; t++)
+#pragma unroll
+        for (int i = 0; i < STATES_PER_WARP; i++) c[t][i] = s_C[first + t][n0 + i];
+    };
+    read_inputs(0);
+    read_outputs(0);
+#pragma unroll
+    for (int t0 = 0; t0 < TILE; t0 += GROUP) {
+      float decay[GROUP][STATES_PER_WARP], drive[GROUP][STATES_PER_WARP], sum[GROUP];
+#pragma unroll
+      for (int t = 0; t < GROUP; t++)
+#pragma unroll
+        for (int i = 0; i < STATES_PER_WARP; i++) {
+          decay[t][i] = exp2_fast(HAS_SEQ ? fmaf(pair[t].x, a2[i], s_restart[t0 + t]) : pair[t].x * a2[i]);
+          drive[t][i] = pair[t].y * b[t][i];
+        }
+      if (t0 + GROUP < TILE) read_inputs(t0 + GROUP);
+#pragma unroll
+      for (int t = 0; t < GROUP; t++) {
+        sum[t] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < STATES_PER_WARP; i++) {
+          h[i] = fmaf(decay[t][i], h[i], drive[t][i]);
+          sum[t] = fmaf(h[i], c[t][i], sum[t]);
+        }
+      }
+      if (t0 + GROUP < TILE) read_outputs(t0 + GROUP);
+#pragma unroll
+      for (int t = 0; t < GROUP; t++) s_sum[warp][t0 + t][lane] = sum[t];
     }
     __syncthreads();
     const Pack<0, Own::N> skip = floats<Own::N>(s_skip + Own::channel());
@@ -365,12 +406,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 
 #ifdef BACKWARD
 #define TILES (CHUNK / TILE)
+#define JAM (TILE == 8 && STATES_PER_WARP % 2 == 0 ? 2 : 1)  // states of a warp that are worked on together, to fill its waits
+constexpr int UNROLLED = STATES_PER_WARP <= 4 ? STATES_PER_WARP : 1;  // times a loop over a warp's states is written out
 
 // Sums over the lanes of a warp by tensor cores: a product of a 16 x 8 matrix, which holds four values of each lane, with an
 // 8 x 8 selector adds them, over groups of four lanes, to two of the eight columns of the accumulators. Tensor cores read 10
 // bits of a mantissa: enough for gradients in half precision; for float32 a second product adds what the first cuts off.
 struct LaneSums {
-  static constexpr int COUNT = 2 * TILE / 16;
+  static constexpr int COUNT = 2 * TILE * JAM / 16;
+  static_assert(COUNT <= 2, "a lane ends with one sum");
   float sums[COUNT][4], selector[8];
 
   __device__ __forceinline__ LaneSums(int lane) {
@@ -456,12 +500,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     s_bias[lane] = HAS_BIAS && there ? p.bias[d] : 0.0f;
     s_skip[lane] = HAS_D && there ? p.D[d] : 0.0f;
   }
-  // Rows start at the block's first channel; a thread adds that of its own group
   const char *x_at = at<X_TYPE>(p.x, batch * p.sxb), *delta_at = at<DELTA_TYPE>(p.delta, batch * p.sdb);
   const char *z_at = at<Z_TYPE>(p.z, batch * p.szb), *grad_at = at<X_TYPE>(p.grad_y, batch * p.sgb);
   const int own = d0 + Own::channel(), own_d = EXACT ? own : min(own, p.d_inner - Own::N);
   const int out = d0 + Out::channel(), out_d = EXACT ? out : min(out, p.d_inner - Out::N);
   const long long to = batch * p.seqlen * p.d_inner + out_d;
+  char* to_gate = at<Z_TYPE>(p.grad_z, batch * p.sob + out_d);
   const char *B_at = at<B_TYPE>(p.B, batch * p.sBb), *C_at = at<C_TYPE>(p.C, batch * p.sCb);
   for (int k = threadIdx.x; k < PADDED_STATES * CHUNK; k += THREADS) s_B[0][k] = s_C[0][k] = 0.0f;
   float sum_D[Out::N], sum_bias[Out::N];
@@ -471,18 +515,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 
   const int first_chunk = blockIdx.y * (p.segment / CHUNK);
   for (int chunk = min(first_chunk + p.segment / CHUNK, p.n_chunks) - 1; chunk >= first_chunk; chunk--) {
-    const int begin = chunk * CHUNK, tiles = (min(CHUNK, p.seqlen - begin) + TILE - 1) / TILE;
+    const int begin = chunk * CHUNK, tiles = (min(CHUNK, p.seqlen - begin) + TILE - 1) / TILE, end = last - begin;
+    // What all threads share is added up to here, what differs is small: addresses of 32 bits
+    const char *x_chunk = x_at + (long long)begin * p.sxt, *delta_chunk = delta_at + (long long)begin * p.sdt;
+    const char *z_chunk = z_at + (long long)begin * p.szt, *grad_chunk = grad_at + (long long)begin * p.sgt;
+    const char *B_chunk = B_at + (long long)begin * p.sBt, *C_chunk = C_at + (long long)begin * p.sCt;
+    float *part_B = p.part_B + ((long long)block * p.batches + batch) * STATES * p.padded + begin;
+    float* part_C = p.part_C + (part_B - p.part_B);
     __syncthreads();  // the chunk after has been read
     const Pack<0, Own::N> bias = floats<Own::N>(s_bias + Own::channel());
 #pragma unroll
     for (int k = 0; k < Own::COUNT; k++) {
-      const int t = Own::row(k), row = min(begin + t, last);
+      const int t = Own::row(k), row = min(t, end);
       const bool real = is_real(seq, begin + t, p.seqlen), used = real && (EXACT || own < p.d_inner);
-      const Pack<X_TYPE, Own::N> x = load<X_TYPE, Own::N>(at<X_TYPE>(x_at, own_d), row, p.sxt);
-      const Pack<X_TYPE, Own::N> grad_y = load<X_TYPE, Own::N>(at<X_TYPE>(grad_at, own_d), row, p.sgt);
-      const Pack<DELTA_TYPE, Own::N> delta = load<DELTA_TYPE, Own::N>(at<DELTA_TYPE>(delta_at, own_d), row, p.sdt);
+      const Pack<X_TYPE, Own::N> x = pick<X_TYPE, Own::N>(x_chunk, row, p.sxt, own_d);
+      const Pack<X_TYPE, Own::N> grad_y = pick<X_TYPE, Own::N>(grad_chunk, row, p.sgt, own_d);
+      const Pack<DELTA_TYPE, Own::N> delta = pick<DELTA_TYPE, Own::N>(delta_chunk, row, p.sdt, own_d);
       Pack<Z_TYPE, Own::N> z;
-      if (HAS_Z) z = load<Z_TYPE, Own::N>(at<Z_TYPE>(z_at, own_d), row, p.szt);
+      if (HAS_Z) z = pick<Z_TYPE, Own::N>(z_chunk, row, p.szt, own_d);
       float steps[Own::N], drives[Own::N], grads[Own::N];
 #pragma unroll
       for (int c = 0; c < Own::N; c++) {
@@ -499,10 +549,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       for (int t = threadIdx.x; t < CHUNK; t += THREADS) s_restart[t] = restart_of(seq, begin + t, p.seqlen);
 #pragma unroll
     for (int k = 0; k < OwnMatrix::COUNT; k++) {
-      const int t = OwnMatrix::row(k), n = OwnMatrix::state(k), row = min(begin + t, last);
+      const int t = OwnMatrix::row(k), n = OwnMatrix::state(k), row = min(t, end);
       const bool real = is_real(seq, begin + t, p.seqlen);
-      const Pack<B_TYPE, MATRIX_VEC> B = load<B_TYPE, MATRIX_VEC>(B_at + n * p.sBn, row, p.sBt);
-      const Pack<C_TYPE, MATRIX_VEC> C = load<C_TYPE, MATRIX_VEC>(C_at + n * p.sCn, row, p.sCt);
+      const auto B = *(const Pack<B_TYPE, MATRIX_VEC>*)(B_chunk + (unsigned)(row * p.sBt + n * p.sBn));
+      const auto C = *(const Pack<C_TYPE, MATRIX_VEC>*)(C_chunk + (unsigned)(row * p.sCt + n * p.sCn));
 #pragma unroll
       for (int c = 0; c < MATRIX_VEC; c++)
         if (OwnMatrix::used(k)) {
@@ -525,14 +575,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         step[t] = s_step[tile * TILE + t][lane];
         drive[t] = s_drive[tile * TILE + t][lane];
       }
-#pragma unroll 1
-      for (int n = n0; n < n0 + STATES_PER_WARP; n++) {
-        const float *B = s_B[n] + tile * TILE, *restart = s_restart + tile * TILE, a2 = s_a2[n][lane];
-        float h = s_h[tile][n][lane];
+#pragma unroll UNROLLED
+      for (int i = 0; i < STATES_PER_WARP; i += JAM) {
+        const int n = n0 + i;
+        const float* restart = s_restart + tile * TILE;
+        float h[JAM], a2[JAM];
+#pragma unroll
+        for (int j = 0; j < JAM; j++) {
+          h[j] = s_h[tile][n + j][lane];
+          a2[j] = s_a2[n + j][lane];
+        }
 #pragma unroll
         for (int t = 0; t < TILE; t++)
-          h = fmaf(exp2_fast(HAS_SEQ ? fmaf(step[t], a2, restart[t]) : step[t] * a2), h, drive[t] * B[t]);
-        s_h[tile + 1][n][lane] = h;
+#pragma unroll
+          for (int j = 0; j < JAM; j++) {
+            const float decay = exp2_fast(HAS_SEQ ? fmaf(step[t], a2[j], restart[t]) : step[t] * a2[j]);
+            h[j] = fmaf(decay, h[j], drive[t] * s_B[n + j][tile * TILE + t]);
+          }
+#pragma unroll
+        for (int j = 0; j < JAM; j++) s_h[tile + 1][n + j][lane] = h[j];
       }
     }
 
@@ -546,38 +607,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         grad[t] = s_grad[offset + t][lane];
         total[t] = grad_exponent[t] = grad_drive[t] = 0.0f;
       }
-#pragma unroll 1
-      for (int n = n0; n < n0 + STATES_PER_WARP; n++) {
-        const float *B = s_B[n] + offset, *C = s_C[n] + offset, *restart = s_restart + offset, a2 = s_a2[n][lane];
-        float decay[TILE], kept[TILE];  // kept: what remains of the state before the token
-        float h = s_h[tile][n][lane], values[4];
+#pragma unroll UNROLLED
+      for (int i = 0; i < STATES_PER_WARP; i += JAM) {
+        const int n = n0 + i;
+        const float* restart = s_restart + offset;
+        float decay[JAM][TILE], before[JAM][TILE];  // before: the state before the token
+        float h[JAM], g[JAM], dA[JAM], a2[JAM], values[JAM][4];
         lane_sums.clear();
 #pragma unroll
-        for (int t = 0; t < TILE; t++) {
-          decay[t] = exp2_fast(HAS_SEQ ? fmaf(step[t], a2, restart[t]) : step[t] * a2);
-          kept[t] = decay[t] * h;
-          h = fmaf(drive[t], B[t], kept[t]);
-          if (HAS_Z) total[t] = fmaf(h, C[t], total[t]);
-          values[t % 4] = grad[t] * h;
-          if (t % 4 == 3) lane_sums.add(TILE + t - 3, values);
+        for (int j = 0; j < JAM; j++) {
+          h[j] = s_h[tile][n + j][lane];
+          g[j] = s_g[n + j][lane];
+          dA[j] = s_dA[n + j][lane];
+          a2[j] = s_a2[n + j][lane];
         }
-        float g = s_g[n][lane], dA = s_dA[n][lane];
 #pragma unroll
-        for (int t = TILE - 1; t >= 0; t--) {
-          const float into = fmaf(grad[t], C[t], g), pull = into * kept[t];
-          g = decay[t] * into;
-          grad_exponent[t] = fmaf(pull, a2, grad_exponent[t]);
-          grad_drive[t] = fmaf(into, B[t], grad_drive[t]);
-          dA = fmaf(pull, step[t], dA);
-          values[t % 4] = into * drive[t];
-          if (t % 4 == 0) lane_sums.add(t, values);
+        for (int t = 0; t < TILE; t++)
+#pragma unroll
+          for (int j = 0; j < JAM; j++) {
+            decay[j][t] = exp2_fast(HAS_SEQ ? fmaf(step[t], a2[j], restart[t]) : step[t] * a2[j]);
+            before[j][t] = h[j];
+            h[j] = fmaf(decay[j][t], h[j], drive[t] * s_B[n + j][offset + t]);
+            if (HAS_Z) total[t] = fmaf(h[j], s_C[n + j][offset + t], total[t]);
+            values[j][t % 4] = grad[t] * h[j];
+            if (t % 4 == 3) lane_sums.add((2 * j + 1) * TILE + t - 3, values[j]);
+          }
+#pragma unroll
+        for (int t = TILE - 1; t >= 0; t--)
+#pragma unroll
+          for (int j = 0; j < JAM; j++) {
+            const float into = fmaf(grad[t], s_C[n + j][offset + t], g[j]);
+            g[j] = decay[j][t] * into;
+            const float pull = g[j] * before[j][t];
+            grad_exponent[t] = fmaf(pull, a2[j], grad_exponent[t]);
+            grad_drive[t] = fmaf(into, s_B[n + j][offset + t], grad_drive[t]);
+            dA[j] = fmaf(pull, step[t], dA[j]);
+            values[j][t % 4] = into * drive[t];
+            if (t % 4 == 0) lane_sums.add(2 * j * TILE + t, values[j]);
+          }
+#pragma unroll
+        for (int j = 0; j < JAM; j++) {
+          s_g[n + j][lane] = g[j];
+          s_dA[n + j][lane] = dA[j];
         }
-        s_g[n][lane] = g;
-        s_dA[n][lane] = dA;
         const float sum = lane_sums.total(lane);
-        const int number = LaneSums::number(lane);
-        float* part = (number < TILE ? p.part_B : p.part_C) + (((long long)block * p.batches + batch) * STATES + n) * p.padded;
-        if (n < STATES && (TILE == 16 || lane < 16)) part[begin + offset + number % TILE] = sum;
+        const int number = LaneSums::number(lane), n_sum = n + number / (2 * TILE);
+        float* part = number / TILE % 2 ? part_C : part_B;
+        if (n_sum < STATES && (LaneSums::COUNT == 2 || lane < 16))
+          part[(unsigned)(n_sum * p.padded + offset + number % TILE)] = sum;
       }
 
       Pack<X_TYPE, Out::N> x[Out::COUNT], grad_y[Out::COUNT];
@@ -585,11 +662,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       Pack<Z_TYPE, Out::N> z[Out::COUNT];
 #pragma unroll
       for (int k = 0; k < Out::COUNT; k++) {
-        const int row = min(begin + offset + Out::row(k), last);
-        x[k] = load<X_TYPE, Out::N>(at<X_TYPE>(x_at, out_d), row, p.sxt);
-        if (SOFTPLUS) delta[k] = load<DELTA_TYPE, Out::N>(at<DELTA_TYPE>(delta_at, out_d), row, p.sdt);
-        if (HAS_Z) z[k] = load<Z_TYPE, Out::N>(at<Z_TYPE>(z_at, out_d), row, p.szt);
-        if (HAS_Z) grad_y[k] = load<X_TYPE, Out::N>(at<X_TYPE>(grad_at, out_d), row, p.sgt);
+        const int row = min(offset + Out::row(k), end);
+        x[k] = pick<X_TYPE, Out::N>(x_chunk, row, p.sxt, out_d);
+        if (SOFTPLUS && DELTA_TYPE == 0) delta[k] = pick<DELTA_TYPE, Out::N>(delta_chunk, row, p.sdt, out_d);
+        if (HAS_Z) z[k] = pick<Z_TYPE, Out::N>(z_chunk, row, p.szt, out_d);
+        if (HAS_Z) grad_y[k] = pick<X_TYPE, Out::N>(grad_chunk, row, p.sgt, out_d);
       }
       __syncthreads();  // the sums of the tile after have been read
 #pragma unroll
@@ -601,8 +678,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       __syncthreads();
 #pragma unroll
       for (int k = 0; k < Out::COUNT; k++) {
-        const int t = Out::row(k), row = begin + offset + t, ch = Out::channel();
-        const bool real = is_real(seq, row, p.seqlen);
+        const int t = Out::row(k), ch = Out::channel();
+        const bool inside = offset + t <= end, real = is_real(seq, begin + offset + t, p.seqlen);
         float sums[3][Out::N];
 #pragma unroll
         for (int s = 0; s < (HAS_Z ? 3 : 2); s++)
@@ -618,25 +695,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         float to_x[Out::N], to_delta[Out::N], to_z[Out::N];
 #pragma unroll
         for (int c = 0; c < Out::N; c++) {
-          const float xt = real ? x[k][c] : 0.0f;
+          const float xt = !HAS_SEQ || real ? x[k][c] : 0.0f;
           float d_delta = fmaf(sums[0][c], LN_2, sums[1][c] * xt);
-          if (SOFTPLUS) d_delta *= sigmoid(delta[k][c] + shift[c]);
+          // The slope of softplus, from the step where half precision is enough
+          if (SOFTPLUS) d_delta *= DELTA_TYPE == 0 ? sigmoid(delta[k][c] + shift[c]) : 1.0f - exp2_fast(step_[c] * -LOG2_E);
           d_delta = real ? d_delta : 0.0f;
           sum_D[c] = fmaf(before_gate[c], xt, sum_D[c]);
           sum_bias[c] += d_delta;
           to_delta[c] = d_delta;
-          to_x[c] = real ? fmaf(sums[1][c], step_[c], skip[c] * before_gate[c]) : 0.0f;
+          to_x[c] = !HAS_SEQ || real ? fmaf(sums[1][c], step_[c], skip[c] * before_gate[c]) : 0.0f;
           if (HAS_Z) {
             const float gate = z[k][c], s = sigmoid(gate);
             const float d_z = grad_y[k][c] * fmaf(skip[c], xt, sums[2][c]) * s * fmaf(gate, 1.0f - s, 1.0f);
-            to_z[c] = real ? d_z : 0.0f;
+            to_z[c] = !HAS_SEQ || real ? d_z : 0.0f;
           }
         }
-        if (row < p.seqlen && (EXACT || out < p.d_inner)) {
-          const long long place = to + (long long)row * p.d_inner;
+        if (inside && (EXACT || out < p.d_inner)) {
+          const long long place = to + (long long)(begin + offset + t) * p.d_inner;
           put<X_TYPE>(at<X_TYPE>(p.grad_x, place), to_x);
           put<DELTA_TYPE>(at<DELTA_TYPE>(p.grad_delta, place), to_delta);
-          if (HAS_Z) put<Z_TYPE>(at<Z_TYPE>(p.grad_z, place), to_z);
+          if (HAS_Z) put<Z_TYPE>(to_gate + (long long)(begin + offset + t) * p.sot, to_z);
         }
       }
     }
@@ -664,26 +742,51 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 }
 
 // Sums the partial gradients of B (grid.z = 0) and C over the blocks, in a fixed order, and puts them as (batch, seqlen, n).
+#define SUM_TOKENS 128
+
 extern "C" __global__ void sum_tokens(const Args p) {
-  __shared__ float s_total[STATES][33];
-  const long long batch = blockIdx.y;
-  const int first = blockIdx.x * 32;
-  for (int n = threadIdx.x / 32; n < STATES; n += blockDim.x / 32) {
-    const float* part = (blockIdx.z == 0 ? p.part_B : p.part_C) + (batch * STATES + n) * p.padded + first;
-    float total = 0.0f;
+  __shared__ float s_total[16][SUM_TOKENS + 4];
+  const long long batch = blockIdx.y, stride = (long long)p.batches * STATES * p.padded;
+  const int first = blockIdx.x * SUM_TOKENS, lane = threadIdx.x % 32, tokens = min(SUM_TOKENS, p.seqlen - first);
+  for (int n0 = 0; n0 < STATES; n0 += blockDim.x / 32) {
+    const int n = n0 + threadIdx.x / 32;
+    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (n < STATES && first + 4 * lane < p.padded) {
+      const float* part = (blockIdx.z == 0 ? p.part_B : p.part_C) + (batch * STATES + n) * p.padded + first + 4 * lane;
 #pragma unroll 8
-    for (int block = 0; block < p.blocks; block++)
-      total += part[(long long)block * p.batches * STATES * p.padded + threadIdx.x % 32];
-    s_total[n][threadIdx.x % 32] = total;
+      for (int block = 0; block < p.blocks; block++) {
+        const Pack<0, 4> own = floats<4>(part + block * stride);
+#pragma unroll
+        for (int k = 0; k < 4; k++) total[k] += own[k];
+      }
+    }
+    __syncthreads();  // the states before have been stored
+    put<0>(&s_total[threadIdx.x / 32][4 * lane], total);
+    __syncthreads();
+    const int states = min((int)blockDim.x / 32, STATES - n0);
+    for (int k = threadIdx.x; k < tokens * states; k += blockDim.x) {
+      const float one[1] = {s_total[k % states][k / states]};
+      const long long to = (batch * p.seqlen + first + k / states) * STATES + n0 + k % states;
+      if (blockIdx.z == 0) put<B_TYPE>(at<B_TYPE>(p.grad_B, to), one);
+      else put<C_TYPE>(at<C_TYPE>(p.grad_C, to), one);
+    }
   }
+}
+
+// Sums the gradients of A, D and bias over rows of the batch and segments, in a fixed order: grid.y is a state, then D and bias.
+extern "C" __global__ void sum_rows(const Args p) {
+  __shared__ float s_total[8][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, d = blockIdx.x * 32 + lane;
+  const int parts = p.batches * ((p.seqlen + p.segment - 1) / p.segment);
+  float total = 0.0f;
+  if (d < p.d_inner)
+    for (int part = warp; part < parts; part += 8)
+      total += p.part_sums[((long long)part * (STATES + 2) + blockIdx.y) * p.d_inner + d];
+  s_total[warp][lane] = total;
   __syncthreads();
-  for (int k = threadIdx.x; k < 32 * STATES; k += blockDim.x) {
-    const int t = k / STATES, n = k % STATES;
-    if (first + t >= p.seqlen) continue;
-    const long long to = (batch * p.seqlen + first + t) * STATES + n;
-    const float total[1] = {s_total[n][t]};
-    if (blockIdx.z == 0) put<B_TYPE>(at<B_TYPE>(p.grad_B, to), total);
-    else put<C_TYPE>(at<C_TYPE>(p.grad_C, to), total);
-  }
+  if (warp > 0 || d >= p.d_inner) return;
+  for (int w = 1; w < 8; w++) total += s_total[w][lane];
+  if (blockIdx.y < STATES) p.grad_A[(long long)d * STATES + blockIdx.y] = total;
+  else (blockIdx.y == STATES ? p.grad_D : p.grad_bias)[d] = total;
 }
 #endif
