@@ -1,9 +1,12 @@
-"""What a user can get wrong: one line that names the thing, exit status 2, nothing overwritten."""
+"""What a user can get wrong, verb by verb: one line that names the thing, exit status 2, nothing overwritten."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,151 +14,284 @@ import torch
 from mambacus import cli
 from mambacus.models import load, save
 
-pytestmark = pytest.mark.slow  # until every message was read against the finished verbs
-
 GOOD_ROW = '{"question": "What is 1 + 1?", "answer": "1 + 1 = 2\\n#### 2"}\n'
+READERS: dict[str, tuple[str, ...]] = {  # verbs that read weights, with what else they need
+    "generate": ("--prompt", "x"),
+    "evaluate": ("--tasks", "text_sample", "--out", "{tmp}/e.json"),
+    "solve": ("--bench", "wordproblems", "--out", "{tmp}/s.json"),
+    "finetune": ("--data", "{data}", "--out", "{tmp}/run"),
+    "merge": ("--adapter", "{adapter}", "--out", "{tmp}/merged"),
+    "convert": ("--out", "{tmp}/c"),
+}
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    """A small model with the tokenizer of `tiny`."""
-    _, tokenizer = load("tiny")
-    torch.manual_seed(0)
-    model, _ = load("random:tiny")
-    folder = tmp_path_factory.mktemp("models") / "small"
-    save(model, folder, tokenizer)
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, another of its shape, an adapter for the first and its data; no test changes them."""
+    folder = tmp_path_factory.mktemp("shared")
+    model, tokenizer = load("random:micro")
+    save(model, folder / "model", tokenizer)
+    torch.manual_seed(7)
+    model.init_weights()
+    save(model, folder / "other", tokenizer)
+    (folder / "data.jsonl").write_text(GOOD_ROW * 3)
+    made = cli.main(
+        ["finetune", "--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--max-steps", "1",
+         "--device", "cpu", "--out", str(folder / "run")]
+    )  # fmt: skip
+    assert made == 0
     return folder
 
 
 @pytest.fixture
-def data(tmp_path) -> Path:
-    path = tmp_path / "data.jsonl"
-    path.write_text(GOOD_ROW * 3)
-    return path
-
-
-def fails(capsys, *argv: object) -> str:
+def fails(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
     """Run a command that must fail as a user's fault does; return its message."""
-    capsys.readouterr()
-    status = cli.main([str(part) for part in argv])
-    err = capsys.readouterr().err
-    messages = [line for line in err.splitlines() if line.startswith("mambacus ")]
-    assert status == 2, err
-    assert len(messages) == 1, err
-    assert "Traceback" not in err
-    return messages[0]
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ("finetune", "--data", "{data}", "--out", "{tmp}/run"),
-        ("evaluate", "--tasks", "text_sample", "--out", "{tmp}/e.json"),
-        ("solve", "--bench", "wordproblems", "--out", "{tmp}/s.json"),
-        ("generate", "--prompt", "1 + 1 ="),
-        ("info",),
-        ("convert", "--out", "{tmp}/c", "--to", "hf"),
-    ],
-)
-def test_missing_model(capsys, tmp_path, data, argv, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    words = [part.format(data=data, tmp=tmp_path) for part in argv]
-    model = ["no/such-model"] if argv == ("info",) else ["--model", "no/such-model"]
-    assert "no/such-model" in fails(capsys, *words, *model)
-    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+    monkeypatch.delenv("MAMBACUS_DEBUG", raising=False)
+    places = {
+        "tmp": tmp_path, "shared": shared, "model": shared / "model", "data": shared / "data.jsonl",
+        "adapter": shared / "run" / "adapter",
+    }  # fmt: skip
+
+    def run(*argv: object) -> str:
+        words = [str(part).format(**places) for part in argv]
+        before = contents(tmp_path), contents(shared)
+        capsys.readouterr()
+        status = cli.main(words)
+        captured = capsys.readouterr()
+        assert status == 2, captured.err
+        assert captured.err.count("\n") == 1, captured.err
+        assert captured.err.startswith(f"mambacus {words[0]}: error: ")
+        assert captured.out == ""
+        assert (contents(tmp_path), contents(shared)) == before
+        return captured.err
+
+    return run
 
 
-def test_wrong_task_and_bench_get_suggestions(capsys, tmp_path, model_dir):
-    message = fails(capsys, "evaluate", "--model", model_dir, "--tasks", "text_sampel", "--out", tmp_path / "e.json")
-    assert "text_sampel" in message
-    assert "text_sample" in message.replace("text_sampel", "")
-    message = fails(capsys, "solve", "--model", model_dir, "--bench", "wordproblem", "--out", tmp_path / "s.json")
-    assert "wordproblems" in message
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Return every path below a folder with its bytes, None for folders."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def broken(tmp_path: Path, shared: Path) -> Callable[[str, bytes], Path]:
+    """Copy the model with one of its files changed."""
+
+    def copy(name: str, content: bytes) -> Path:
+        folder = tmp_path / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(shared / "model", folder)
+        (folder / name).write_bytes(content)
+        return folder
+
+    return copy
+
+
+# Models
+
+
+@pytest.mark.parametrize("verb", READERS)
+def test_a_model_that_is_nowhere(fails: Callable[..., str], verb: str) -> None:
+    message = fails(verb, *READERS[verb], "--model", "nowhere/at/all")
+    assert "model 'nowhere/at/all': no such folder" in message
+    assert "not to be had from the model hub" in fails(verb, *READERS[verb], "--model", "no/such-model")
+    assert "did you mean 'tiny'" in fails(verb, *READERS[verb], "--model", "tinny")
+
+
+@pytest.mark.parametrize("verb", READERS)
+def test_folders_that_are_no_models(
+    fails: Callable[..., str], broken: Callable[[str, bytes], Path], verb: str, shared: Path
+) -> None:
+    words = (verb, *READERS[verb], "--model")
+    assert "it is a fine-tuning run" in fails(*words, "{shared}/run")
+    assert "it is an adapter" in fails(*words, "{adapter}")
+    assert "expected a folder, got a file" in fails(*words, "{data}")
+    assert "config.json: not valid JSON" in fails(*words, broken("config.json", b"\xff\xfe{"))
+    weights = shared / "model" / "model.safetensors"
+    for content in (b"", weights.read_bytes()[:1000], bytes(100)):
+        folder = broken(weights.name, content)
+        assert f"{folder / weights.name}: corrupt or truncated" in fails(*words, folder)
+    (folder / weights.name).unlink()
+    assert f"{folder}: no weights" in fails(*words, folder)
+
+
+@pytest.mark.parametrize("verb", READERS)
+def test_tokenizers_that_are_missing_or_broken(
+    fails: Callable[..., str], broken: Callable[[str, bytes], Path], verb: str
+) -> None:
+    folder = broken("tokenizer.json", b"{}")
+    assert f"{folder}: its tokenizer cannot be read" in fails(verb, *READERS[verb], "--model", folder)
+    for file in folder.glob("token*"):
+        file.unlink()
+    assert f"{folder}: no tokenizer beside the model" in fails(verb, *READERS[verb], "--model", folder)
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate", "solve", "merge"])
+def test_an_adapter_for_another_model(fails: Callable[..., str], verb: str) -> None:
+    words = [*READERS[verb], "--model", "{shared}/other"]
+    if "--adapter" not in words:
+        words += ["--adapter", "{adapter}"]
+    message = fails(verb, *words)
+    assert "made for" in message and "does not fit" in message
+    words[words.index("--adapter") + 1] = "{shared}/nothing"
+    assert "nothing: no such folder" in fails(verb, *words)
+
+
+# Words and numbers
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_names_what_it_does_not_know(fails: Callable[..., str], verb: str) -> None:
+    words = (verb, "optimise") if verb == "prompt" else (verb,)
+    assert "unknown flag --no-such-flag" in fails(*words, "--no-such-flag")
+    assert "no such file: " in fails(*words, "-c", "{tmp}/nothing.yaml")
 
 
 @pytest.mark.parametrize(
-    ("content", "parts"),
+    ("argv", "message"),
     [
-        (GOOD_ROW * 16 + '{"question": \n', ("line 17", "not valid JSON")),
-        (GOOD_ROW + '{"question": "What?"}\n', ("line 2", "answer")),
-        (GOOD_ROW + '{"question": "  ", "answer": "3"}\n', ("line 2", "question")),
-        (GOOD_ROW + "[1, 2]\n", ("line 2", "object")),
-        ("", ("no ", "data.jsonl")),
-        ("\n\n", ("no ", "data.jsonl")),
+        (("finetune", "--modle", "x"), "unknown flag --modle; did you mean '--model'"),
+        (("evaluate", "--limit", "0"), "--limit: expected 1 or more, got 0"),
+        (("evaluate", "--limit", "half"), "--limit: expected int, got 'half'"),
+        (("evaluate", "--tasks", "text_sampel", "--data-dir", "{tmp}"), "did you mean 'text_sample'"),
+        (("evaluate", "--tasks", "text_sample", "--data-dir", "{tmp}/gone"), "gone: no such folder"),
+        (("evaluate", "--tasks", "wikitext", "--data-dir", "{tmp}"), "wikitext/test.jsonl: No such file"),
+        (("evaluate", "--seed", "-1"), "--seed: expected 0 or more"),
+        (("evaluate", "--dtype", "float23"), "did you mean 'float32'"),
+        (("solve", "--bench", "wordproblem"), "did you mean 'wordproblems'"),
+        (("solve", "--temperature", "nan"), "--temperature: expected 0 or more, got nan"),
+        (("solve", "--bench", "gsm8k", "--data-dir", "{tmp}"), "gsm8k/test.jsonl"),
+        (("generate", "--top-k", "-1"), "--top-k: expected 0 or more, got -1"),
+        (("generate", "--dtype", "float23"), "--dtype: expected one of float32, bfloat16, float16, got 'float23'"),
+        (("generate", "--device", "gpu"), "--device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (("finetune", "--lr", "inf"), "--lr: expected 0 or more, got inf"),
+        (("finetune", "--method", "lroa"), "--method: expected one of lora"),
+        (("convert", "--to", "onnx"), "--to: expected one of hf, original, got 'onnx'"),
+        (("merge", "--dtype", "int8"), "--dtype: expected one of"),
     ],
 )
-def test_bad_data_is_named_by_line(capsys, tmp_path, model_dir, data, content, parts):
-    data.write_text(content)
-    message = fails(capsys, "finetune", "--model", model_dir, "--data", data, "--out", tmp_path / "run")
-    for part in parts:
-        assert part in message
-    assert not (tmp_path / "run").exists()
+def test_values_that_cannot_be(fails: Callable[..., str], argv: tuple[str, ...], message: str) -> None:
+    verb, *flags = argv
+    needed = [*READERS[verb], "--model", "{model}"]
+    for flag in {flag for flag in flags if flag.startswith("--")} & {*needed}:  # the wrong value for the right one
+        place = needed.index(flag)
+        del needed[place : place + 2]
+    assert message in fails(verb, *needed, *flags)
 
 
-def test_missing_data_file(capsys, tmp_path, model_dir):
-    message = fails(capsys, "finetune", "--model", model_dir, "--data", "gone.jsonl", "--out", tmp_path / "run")
-    assert "gone.jsonl" in message
+@pytest.mark.parametrize("verb", ["info", *READERS])
+def test_a_gpu_that_is_not_there(fails: Callable[..., str], verb: str) -> None:
+    if torch.cuda.is_available() or verb == "convert":
+        pytest.skip("there is a GPU, or the verb takes no device")
+    model = ("{model}",) if verb == "info" else ("--model", "{model}", *READERS[verb])
+    assert "sees no CUDA device here; use --device cpu" in fails(verb, *model, "--device", "cuda")
 
 
-def test_out_directory_of_another_run_is_kept(capsys, tmp_path, model_dir, data):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "run.json").write_text(json.dumps({"kind": "finetune", "identity": {"seed": 5}}))
-    before = (out / "run.json").read_bytes()
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("rang: 4", "unknown key 'rang'; did you mean 'rank'"),
+        ("rank: many", "key 'rank': expected int, got 'many'"),
+        ("rank: -1", "--rank: expected 1 or more, got -1"),
+        ("lr: .nan", "--lr: expected 0 or more, got nan"),
+        ("loss: al", "--loss: expected one of answer, full"),
+        ("out: null", "key 'out': expected Path, got None"),
+        ("rank: 4\nrank: 8", "found the key 'rank' twice"),
+        ("- rank", "expected keys and values, got a list"),
+    ],
+)
+def test_settings_in_yaml(fails: Callable[..., str], tmp_path: Path, yaml: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(yaml)
+    words = (*READERS["finetune"], "--model", "{model}")
+    assert message in fails("finetune", *words, "-c", "{tmp}/c.yaml")
+
+
+# Data
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (GOOD_ROW * 16 + '{"question": \n', "line 17: not valid JSON"),
+        (GOOD_ROW + '{"question": "What?"}\n', "line 2: missing key 'answer'"),
+        (GOOD_ROW + '{"question": "  ", "answer": "3"}\n', "line 2: question is empty"),
+        (GOOD_ROW + "[1, 2]\n", "line 2: expected a JSON object"),
+        ("", "rows.jsonl: no rows"),
+        ("\n\n", "rows.jsonl: no rows"),
+        (GOOD_ROW.encode("utf-16"), "not UTF-8 text"),
+        (bytes(range(256)), "not UTF-8 text"),
+        ("question,answer\nWhat?,2\n", "line 1: not valid JSON"),
+    ],
+)
+def test_bad_data_is_named_by_line(
+    fails: Callable[..., str], tmp_path: Path, content: str | bytes, message: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert message in fails("finetune", "--model", "{model}", "--data", "{tmp}/rows.jsonl", "--out", "{tmp}/run")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("gone.jsonl", "cannot read gone.jsonl"),
+        ("{tmp}", "expected a JSONL file, got a folder"),
+        ("gsm8k", "--data-dir: missing"),
+        ("gsm9k", "did you mean 'gsm8k'"),
+        ("wordproblems:none", "expected a number of rows"),
+    ],
+)
+def test_data_that_is_no_file(fails: Callable[..., str], data: str, message: str) -> None:
+    assert message in fails("finetune", "--model", "{model}", "--data", data, "--out", "{tmp}/run")
+
+
+# Outputs
+
+
+@pytest.mark.parametrize("verb", [verb for verb in READERS if verb != "generate"])
+def test_places_that_cannot_be_written(fails: Callable[..., str], tmp_path: Path, verb: str) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("precious")
+    words = [*READERS[verb], "--model", "{model}"]
+    out = words.index("--out") + 1
+    for place in ("file", "folder", "file/deeper", "file/deeper/still"):
+        words[out] = f"{{tmp}}/{place}"
+        message = fails(verb, *words)
+        assert message.startswith(f"mambacus {verb}: error: --out {tmp_path / 'f'}"), message
+
+
+def test_a_folder_of_another_run_is_kept(fails: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"kind": "finetune", "identity": {"seed": 5}}))
     for extra in ([], ["--resume"]):
-        message = fails(capsys, "finetune", "--model", model_dir, "--data", data, "--out", out, *extra)
+        message = fails("finetune", "--model", "{model}", "--data", "{data}", "--out", "{tmp}/run", *extra)
         assert "holds another run" in message
-    assert [path.name for path in out.iterdir()] == ["run.json"]
-    assert (out / "run.json").read_bytes() == before
 
 
-def test_records_are_not_overwritten(capsys, tmp_path, model_dir):
-    out = tmp_path / "e.json"
-    out.write_text("precious")
-    for argv in (("evaluate", "--tasks", "text_sample"), ("solve", "--bench", "wordproblems")):
-        assert "e.json" in fails(capsys, *argv, "--model", model_dir, "--out", out)
-    assert out.read_text() == "precious"
-
-
-def test_corrupt_safetensors(capsys, tmp_path, model_dir):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in model_dir.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    weights = next(broken.glob("*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert weights.name in fails(capsys, "info", broken)
-    assert weights.name in fails(capsys, "generate", "--model", broken, "--prompt", "x")
-
-
-def test_adapter_for_another_model(capsys, tmp_path, data):
-    from mambacus.models import load as load_model
-
-    _, tokenizer = load_model("tiny")
-    other, _ = load_model("random:tiny")
-    torch.manual_seed(7)
-    other.init_weights()
-    other_dir = tmp_path / "other"
-    save(other, other_dir, tokenizer)
-    status = cli.main(
-        ["finetune", "--model", "tiny", "--data", str(data), "--out", str(tmp_path / "run"), "--max-steps", "1"]
-    )
-    assert status == 0
-    adapter = tmp_path / "run" / "adapter"
-    message = fails(
-        capsys, "solve", "--model", other_dir, "--adapter", adapter, "--bench", "wordproblems", "--limit", 2,
-        "--out", tmp_path / "s.json",
-    )  # fmt: skip
-    assert "adapter" in message
-    message = fails(capsys, "merge", "--model", other_dir, "--adapter", adapter, "--out", tmp_path / "merged")
-    assert "adapter" in message
-    assert not (tmp_path / "merged").exists()
-
-
-def test_device_dtype_and_record_faults(capsys, tmp_path, model_dir):
-    if not torch.cuda.is_available():
-        assert "CUDA" in fails(capsys, "info", model_dir, "--device", "cuda")
-    assert "float23" in fails(capsys, "generate", "--model", model_dir, "--prompt", "x", "--dtype", "float23")
-    assert "nothing.json" in fails(capsys, "report", tmp_path / "nothing.json", "--out", tmp_path / "r.html")
-    assert "nowhere.yaml" in fails(capsys, "study", "nowhere.yaml", "--out", tmp_path / "study")
-    assert not (tmp_path / "r.html").exists()
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("report", "{tmp}/nothing.json", "--out", "{tmp}/r.html"), "cannot read"),
+        (("report", "{tmp}", "--out", "{tmp}/r.html"), "found none"),
+        (("report", "{shared}/run/record.json", "--out", "{shared}/run/record.html"), "which is no report's"),
+        (("study", "nowhere.yaml", "--out", "{tmp}/study"), "no such recipe: nowhere.yaml"),
+        (("study", "dmeo", "--out", "{tmp}/study"), "did you mean 'demo'"),
+        (("study", "demo", "--out", "{data}"), "expected a folder, got a file"),
+        (("study", "demo", "--out", "{shared}/run"), "holds a run of another kind"),
+        (("demo", "--out", "{shared}/run"), "holds a run of another kind"),
+        (("demo", "--model", "{tmp}", "--out", "{tmp}/demo"), "not a model folder"),
+        (("demo", "--limit", "-1"), "--limit: expected 0 or more"),
+        (("pretrain", "--data-dir", "{tmp}", "--out", "{tmp}/p"), "missing books_train_1.jsonl.gz"),
+        (("pretrain", "--data-dir", "{tmp}", "--out", "{tmp}/p", "--steps", "0"), "--steps: expected 1 or more"),
+        (("bench", "trian", "--out", "{tmp}/b.json"), "did you mean 'train'"),
+        (("bench", "train", "--out", "{data}"), "add --overwrite"),
+        (("info",), "missing MODEL"),
+        (("info", "{model}", "extra"), "unexpected 'extra'"),
+        (("info", "random:7b"), "expected random:SIZE"),
+    ],
+)
+def test_the_other_verbs(fails: Callable[..., str], argv: tuple[Any, ...], message: str) -> None:
+    assert message in fails(*argv)
