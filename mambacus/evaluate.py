@@ -25,6 +25,7 @@ class Config:
     tasks: tuple[str, ...] = opt(help="lm_eval task names, separated by commas", metavar="A,B")
     out: Path = opt(help="record to write; items go to <stem>.items.jsonl beside it", metavar="FILE.json")
     adapter: Path | None = opt(None, "folder of a PEFT adapter to attach", metavar="DIR")
+    state: Path | None = opt(None, "begin every context from this state (prompt compile)", metavar="FILE.state")
     num_fewshot: int | None = opt(
         None, "worked examples in the prompt; default: each task's own number", least=0, metavar="K"
     )
@@ -116,6 +117,8 @@ def _model(config: Config, device: Any) -> Any:
 
     dtype = resolve_dtype(config.dtype)
     if choose_implementation(config.model, config.implementation) == "hf":
+        if config.state:
+            raise UserError(f"--state {config.state}: states are Mamba's; {config.model} is run by transformers")
         from lm_eval.models.huggingface import HFLM
 
         from mambacus.evals.catalogue import quiet
@@ -131,6 +134,11 @@ def _model(config: Config, device: Any) -> Any:
     model, tokenizer = load(config.model, device, dtype, config.adapter, data_dir=config.data_dir)
     if tokenizer is None:
         raise UserError(f"model {config.model!r}: no tokenizer; give --data-dir with tokenizer/20B_tokenizer.json")
+    if config.state:
+        from mambacus.models.primed import PrimedModel
+        from mambacus.models.state_files import read_state
+
+        model = PrimedModel(model, read_state(config.state, model, tokenizer).state)
     return MambacusLM(
         model,
         tokenizer,

@@ -48,7 +48,8 @@ def run(config: Config) -> Record:
     """
     watch = Stopwatch()
     from mambacus.inference import Engine, SamplingParams
-    from mambacus.models import MambaState, load, load_config
+    from mambacus.models import load
+    from mambacus.models.state_files import StateFile, read_state, write_state
     from mambacus.runtime.device import resolve_device, resolve_dtype
 
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
@@ -63,15 +64,11 @@ def run(config: Config) -> Record:
         if path is not None:
             claim_file(path, overwrite=config.overwrite, flag=flag)
     prompt = _prompt(config.prompt)
-    state = None
-    if config.state:
-        state = MambaState.load(config.state)
-        misfit = state.fits(load_config(config.model))
-        if misfit or state.batch != 1:
-            raise UserError(f"--state {config.state}: of another model: {misfit or f'{state.batch} rows, not 1'}")
     model, tokenizer = load(
         config.model, device, dtype, config.adapter, tokenizer=config.tokenizer, data_dir=config.data_dir
     )
+    before = read_state(config.state, model, tokenizer) if config.state else None
+    state = before.state if before else None
     engine = Engine(model, tokenizer)
     completions = engine.generate([prompt], params, state)[0]
     results = {
@@ -85,8 +82,9 @@ def run(config: Config) -> Record:
     }
     if config.save_state:
         # Read again rather than carried out of the batch: once per command, and the engine stays simple.
-        read = engine.encode(prompt, continues=state is not None)
-        engine.prefill([*read, *completions[0].token_ids], state).save(config.save_state)
+        read = [*engine.encode(prompt, continues=state is not None), *completions[0].token_ids]
+        ids = (*(before.token_ids if before else ()), *read)
+        write_state(config.save_state, StateFile(engine.prefill(read, state), ids), model, tokenizer)
     record = watch.record("generate", config.model, config, results)
     if config.out:
         write_record(config.out, record)

@@ -34,13 +34,13 @@ class PrimedModel(nn.Module):
         self.model = model
         self.base = [base]  # in a list: registered once, under self.model
         start = start.detach().to(base.device, torch.float32 if trained else base.dtype)
-        self.register_buffer("tokens", start.tokens.clone(), persistent=False)
+        self.register_buffer("tokens", start.tokens.clone())
         if trained:
             self.conv_state = nn.Parameter(start.conv_state.clone())
             self.ssm_state = nn.Parameter(start.ssm_state.clone())
         else:
-            self.register_buffer("conv_state", start.conv_state, persistent=False)
-            self.register_buffer("ssm_state", start.ssm_state, persistent=False)
+            self.register_buffer("conv_state", start.conv_state)
+            self.register_buffer("ssm_state", start.ssm_state)
 
     @property
     def config(self) -> Any:
