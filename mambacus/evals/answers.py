@@ -79,7 +79,8 @@ def extract_letter(completion: str, options: Sequence[str]) -> Extraction:
     if marked is not None:
         segment, reason = marked
         match = re.match(
-            rf"\W*(?:(?:option|choice)\W*)?(?:([{letters}])(?![A-Za-z'])|\(?([{letters.lower()}])\))", segment
+            rf"\W*(?:(?i:option|choice|text|answer)\W*)?(?:([{letters}])(?![A-Za-z'])|\(?([{letters.lower()}])\))",
+            segment,
         )
         if match:
             return Extraction((match[1] or match[2]).upper(), reason)
@@ -145,7 +146,8 @@ def last_boxed(text: str) -> str | None:
 def _number_in(segment: str) -> str | None:
     """Return the number of a short answer: after its last ``=``, else the first one; LaTeX is kept whole."""
     segment = re.sub(r"^([-−])\s+(?=[\d$])", r"\1", segment.strip().strip("*_`"))
-    if re.search(r"\\[dt]?frac", segment):
+    segment = segment.replace("{,}", ",")  # LaTeX's way to write 1,234 without a space
+    if re.search(r"\\[dt]?frac|\d\s*\^", segment):
         return segment
     after_equals = _NUMBER.search(segment.rsplit("=", 1)[1]) if "=" in segment else None
     match = after_equals or _NUMBER.search(segment)
@@ -178,7 +180,7 @@ def _values(text: str) -> list[Any]:
         return []
     exact = _plain_value(text)
     if exact is None:
-        latex = f"${text}$" if "\\" in text else text
+        latex = f"${text}$" if re.search(r"[\\^]", text) else text
         return list(parse(latex, extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()]))
     # math-verify compares floats to six decimals and rationals exactly: 0.333333 may stand for 1/3, 1/3 not for 0.34
     rational = sympy.Rational(exact.numerator, exact.denominator)
