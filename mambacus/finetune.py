@@ -1,4 +1,4 @@
-"""``mambacus finetune``: fine-tune a Mamba model on question-answer data; resumable, audited, one record."""
+"""``mambacus finetune``: fine-tune a Mamba model, audited, resumable, with its gain and its cost in one record."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from mambacus.runtime.config import MOST_SEED, check, opt, parse
 from mambacus.runtime.errors import UserError
-from mambacus.runtime.records import Record, Stopwatch, read_record, write_record
+from mambacus.runtime.records import Record, Stopwatch, read_record, write_jsonl_atomic, write_record
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from mambacus.models.signature import Signature
+    from mambacus.tuning.methods import Method
+    from mambacus.tuning.packing import PlannedBatches
+    from mambacus.tuning.prepare import Prepared
 
 RECORD = "record.json"
+LEFT_OUT = "left_out.jsonl"
+_WHERE_AND_HOW = ("out", "resume", "save_every", "data_dir", "device", "dtype", "cache", "check", "held_out", "sweep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Config:
 
     model: str = opt(help="tiny, a model folder, a hub id, or random:SIZE")
     data: str = opt(
-        help="JSONL file of question, answer[, solution]; wordproblems:N; a set under --data-dir (gsm8k); a hub id"
+        help="JSONL, CSV or Parquet file; wordproblems:N; a set under --data-dir (gsm8k); a hub id (docs/finetune.md)"
     )
     out: Path = opt(help="folder for adapter or model, record, checkpoints and log", metavar="DIR")
     method: str = opt("lora", "what is trained: lora, dora, ... lora-x, sdt, state-offset, ... full (docs/finetune.md)")
@@ -35,7 +41,7 @@ class Config:
     max_steps: int = opt(0, "optimiser steps; above 0 it overrides --epochs", least=0)
     batch_size: int | None = opt(None, "samples in one optimiser step (default: 32; cs5242: 1)", least=1)
     grad_accum: int = opt(1, "parts a step is split into to save memory; the gradient stays the same", least=1)
-    max_length: int = opt(1024, "tokens of a sample; longer ones are dropped and counted", least=1)
+    max_length: int = opt(1024, "tokens of a sample; longer ones are dropped and counted, text is cut", least=1)
     pack_length: int = opt(
         -1, "tokens of a packed row; 0: one sample a row; -1: 2048, or --max-length if longer", least=-1
     )
@@ -56,6 +62,15 @@ class Config:
     checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a third slower")
     weight_decay: float = opt(0.01, "AdamW's, on matrices only; never on A_log, D, norms, biases", least=0)
     seed: int = opt(0, "seed of order, dropout, adapter and generated data", least=0, most=MOST_SEED)
+    convert: str = opt("auto", "how rows become questions: auto, none, gsm8k, orca-math, metamath, aqua or mathqa")
+    drop_duplicates: bool = opt(False, "leave exact repetitions out instead of counting them")
+    decontaminate_against: tuple[str, ...] = opt(
+        (), "leave out rows that share 13 words in a row with these evaluation sets: gsm8k,svamp,..."
+    )
+    cache: Path | None = opt(None, "folder of token files: for sets larger than memory, found again", metavar="DIR")
+    check: int = opt(50, "problems, passages and questions asked before and after; 0: none", least=0)
+    held_out: str = opt("", "math set whose test problems are asked (default: that of --data)")
+    sweep: tuple[str, ...] = opt((), "train over a grid: method=lora|dora,lr=1e-3|5e-4,seed=0|1; one comparison record")
     device: str = opt("auto", "auto, cpu or cuda")
     dtype: str = opt("auto", "of the matrix products: auto, float32 or bfloat16; weights are float32")
     save_every: int = opt(100, "steps between checkpoints", least=1)
@@ -68,74 +83,112 @@ def run(config: Config) -> Record:
     Raises:
         UserError: a wrong setting, unreadable data or model, a folder that holds another run, or the audit stopped it.
     """
+    if config.sweep:
+        from mambacus.finetune_sweep import sweep
+
+        return sweep(config, run)
+    watch = Stopwatch()
     import torch
 
     from mambacus.models import load
     from mambacus.models.signature import signature
     from mambacus.runtime.device import resolve_device
-    from mambacus.runtime.outputs import claim_directory
-    from mambacus.tuning import methods
-    from mambacus.tuning.data import encode, read_examples
-    from mambacus.tuning.packing import PlannedBatches, plan
-    from mambacus.tuning.trainer import Settings, choose_autocast, train
+    from mambacus.tuning import methods, processes
+    from mambacus.tuning.prepare import prepare
+    from mambacus.tuning.trainer import choose_autocast, train
 
-    watch = Stopwatch()
     method = methods.find_method(config.method)
     config = _with_defaults(config, method.preset)
     _check(config)
     options = _options(config.options)
+    processes.join(config.device)
     device = resolve_device(config.device)
     autocast = choose_autocast(config.dtype, device)
-    examples = read_examples(config.data, data_dir=config.data_dir, seed=config.seed)
     model, tokenizer = load(config.model, device=device, dtype=torch.float32)
-    samples, counts = encode(
-        examples, _usable(tokenizer, config.model), max_length=config.max_length, loss=config.loss or "answer"
-    )
-    _check_vocabulary(samples, model, config.model)
+    prepared = prepare(_data_settings(config), _usable(tokenizer, config.model))
+    _check_vocabulary(prepared.highest, model, config.model)
     base_signature = signature(model)
     rate = config.lr or method.learning_rate(methods.count_parameters(model)["total"])
-    run_plan = plan(
-        [*map(len, samples)], epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size or 1,
-        grad_accum=config.grad_accum, seed=config.seed, capacity=_capacity(config) if method.packs else 0,
-    )  # fmt: skip
-    data = PlannedBatches(samples, run_plan)
+    data = _batches(config, method, prepared)
     if config.method == "sdt" and "channels" not in options:
         options["channels"] = _sdt_channels(model, data, options, rate)
     torch.manual_seed(config.seed)
     settings = methods.AdapterSettings(config.rank, config.alpha, config.dropout, config.targets, options)
     trained = method.attach(model, settings)
     model.gradient_checkpointing = config.checkpointing
-    claim_directory(
-        config.out, "finetune", _identity(config, rate, autocast, device, samples, base_signature), resume=config.resume
-    )
-    if (config.out / RECORD).is_file():
-        return read_record(config.out / RECORD)
-    parameters: dict[str, Any] = methods.count_parameters(trained)
-    parameters["targets"] = _places(trained, config.method)
-    _announce(config, parameters, counts, run_plan.steps, rate)
-    how = Settings(
-        config.out, device, autocast, rate, weight_decay=config.weight_decay, grad_accum=config.grad_accum,
-        save_every=config.save_every, seed=config.seed,
-    )  # fmt: skip
+    finished = _claim(config, _identity(config, rate, autocast, device, prepared.content, base_signature))
+    if finished:
+        return finished
+    parameters = methods.count_parameters(trained) | {"targets": _places(trained, config.method)}
+    if processes.is_main():
+        _announce(config, parameters, prepared.counts, data.plan.steps, rate)
+        write_jsonl_atomic(config.out / LEFT_OUT, prepared.listed)
+    checking = _Check(config, device, tokenizer)
     results = train(
-        trained, data, how, quiet_first=method.quiet_first, rate_of=method.rate_factor, resume=config.resume
-    )
-    _save(config, method.saves, trained, tokenizer, base_signature)
+        trained, data, _how(config, device, autocast, rate),
+        quiet_first=method.quiet_first, rate_of=method.rate_factor, resume=config.resume,
+    )  # fmt: skip
+    if processes.is_main():
+        _save(config, method.saves, trained, tokenizer, base_signature)
     results |= {
         "parameters": parameters,
-        "data": counts | {"packing_efficiency": round(run_plan.efficiency, 4)},
+        "data": prepared.counts | {"packing_efficiency": round(data.plan.efficiency, 4)},
         "learning_rate": rate,
         "autocast": str(autocast).removeprefix("torch."),
+        "processes": processes.world_size(),
+        "check": checking.after(trained),
     }
     record = watch.record("finetune", f"{Path(config.model).name} + {config.method}", config, results)
-    write_record(config.out / RECORD, record)
+    if processes.is_main():
+        write_record(config.out / RECORD, record)
+    processes.wait()
     return record
+
+
+class _Check:
+    """Asks the base before training and the tuned model after it; does nothing with ``--check 0``."""
+
+    def __init__(self, config: Config, device: torch.device, tokenizer: Any) -> None:
+        from mambacus import finetune_check
+        from mambacus.tuning import processes
+
+        self.tokenizer = tokenizer
+        self.before: dict[str, Any] = {}
+        self.active = bool(config.check) and processes.is_main()
+        if self.active:
+            self.questions = finetune_check.choose_questions(
+                config.data, config.held_out, config.check, config.data_dir, config.max_length
+            )
+            self.before = finetune_check.answers_of_base(config.out, config.model, device, self.questions)
+        processes.wait()
+
+    def after(self, trained: Any) -> dict[str, Any]:
+        """Return the comparison."""
+        from mambacus import finetune_check
+
+        if not self.active:
+            return {}
+        return finetune_check.compare(self.before, finetune_check.ask(trained, self.tokenizer, self.questions))
 
 
 def _with_defaults(config: Config, preset: Mapping[str, Any]) -> Config:
     """Return ``config`` with the method's values, then the general ones, where nothing was given."""
     values: dict[str, Any] = {"batch_size": 32, "loss": "answer", **preset}
     return dataclasses.replace(config, **{name: v for name, v in values.items() if getattr(config, name) is None})
+
+
+def _check(config: Config) -> None:
+    """Check the settings that need no model.
+
+    Raises:
+        UserError: naming all faults at once.
+    """
+    faults = []
+    if config.grad_accum > (config.batch_size or 1):
+        faults.append(f"--grad-accum {config.grad_accum}: more parts than --batch-size {config.batch_size} samples")
+    if 0 < config.pack_length < config.max_length:
+        faults.append(f"--pack-length {config.pack_length}: shorter than --max-length {config.max_length}")
+    check(config, *faults)
 
 
 def _options(words: Sequence[str]) -> dict[str, Any]:
@@ -158,15 +211,42 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _capacity(config: Config) -> int:
-    return max(2048, config.max_length) if config.pack_length < 0 else config.pack_length
+def _data_settings(config: Config) -> Any:
+    from mambacus.tuning.prepare import DataSettings
+
+    return DataSettings(
+        config.data, config.data_dir, config.seed, config.convert, config.max_length, config.loss or "answer",
+        config.drop_duplicates, config.decontaminate_against, config.cache,
+    )  # fmt: skip
 
 
-def _sdt_channels(model: Any, data: Any, options: dict[str, Any], rate: float) -> list[list[int]]:
+def _batches(config: Config, method: Method, prepared: Prepared) -> PlannedBatches:
+    from mambacus.tuning.packing import PlannedBatches, plan
+    from mambacus.tuning.processes import world_size
+
+    capacity = max(2048, config.max_length) if config.pack_length < 0 else config.pack_length
+    layout = plan(
+        prepared.lengths, epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size or 1,
+        grad_accum=config.grad_accum, seed=config.seed, capacity=capacity if method.packs else 0,
+        processes=world_size(),
+    )  # fmt: skip
+    return PlannedBatches(prepared.samples, layout)
+
+
+def _sdt_channels(model: Any, data: PlannedBatches, options: dict[str, Any], rate: float) -> list[list[int]]:
     from mambacus.models.ssm_adapters import checked_options
     from mambacus.tuning.sdt import choose_channels
 
     return choose_channels(model, data, share=checked_options("sdt", options)["share"], rate=rate)
+
+
+def _how(config: Config, device: torch.device, autocast: torch.dtype | None, rate: float) -> Any:
+    from mambacus.tuning.trainer import Settings
+
+    return Settings(
+        config.out, device, autocast, rate, weight_decay=config.weight_decay, grad_accum=config.grad_accum,
+        save_every=config.save_every, seed=config.seed,
+    )  # fmt: skip
 
 
 def _places(trained: Any, method: str) -> list[str]:
@@ -177,28 +257,13 @@ def _places(trained: Any, method: str) -> list[str]:
     return sorted(config["default"].target_modules) if config else [method]
 
 
-def _check(config: Config) -> None:
-    """Check the settings that need no model.
-
-    Raises:
-        UserError: naming all faults at once.
-    """
-    faults = []
-    if config.grad_accum > (config.batch_size or 1):
-        faults.append(f"--grad-accum {config.grad_accum}: more parts than --batch-size {config.batch_size} samples")
-    if 0 < config.pack_length < config.max_length:
-        faults.append(f"--pack-length {config.pack_length}: shorter than --max-length {config.max_length}")
-    check(config, *faults)
-
-
 def _usable(tokenizer: Any, model: str) -> Any:
     if tokenizer is None:
         raise UserError(f"--model {model}: has no tokenizer; put tokenizer.json into the model's folder")
     return tokenizer
 
 
-def _check_vocabulary(samples: Sequence[Any], model: Any, name: str) -> None:
-    highest = max(int(sample.ids.max()) for sample in samples)
+def _check_vocabulary(highest: int, model: Any, name: str) -> None:
     if highest >= model.config.vocab_size:
         raise UserError(
             f"--model {name}: its tokenizer gives token {highest}, its embedding has {model.config.vocab_size} rows; "
@@ -207,26 +272,32 @@ def _check_vocabulary(samples: Sequence[Any], model: Any, name: str) -> None:
 
 
 def _identity(
-    config: Config, rate: float, autocast: Any, device: Any, samples: Sequence[Any], base_signature: Signature
+    config: Config, rate: float, autocast: Any, device: Any, content: str, base_signature: Signature
 ) -> dict[str, Any]:
     """Return what decides the result of a run, and nothing else; a run may be resumed when it is equal."""
-    import hashlib
-
     from mambacus.runtime.outputs import fingerprint
 
-    content = hashlib.sha256()
-    for sample in samples:
-        content.update(sample.ids.tobytes())
     identity = dataclasses.asdict(config)
-    for key in ("out", "resume", "save_every", "data_dir", "device", "dtype"):
+    for key in _WHERE_AND_HOW:
         del identity[key]
     return identity | {
         "lr": rate,
         "autocast": str(autocast),
         "device": device.type,
-        "data": f"{config.data} {content.hexdigest()[:16]}",
+        "data": f"{config.data} {content}",
         "model": f"{config.model} {fingerprint(base_signature)}",
     }
+
+
+def _claim(config: Config, identity: dict[str, Any]) -> Record | None:
+    """Make ``--out`` this run's folder; return the record of a run that is finished already."""
+    from mambacus.runtime.outputs import claim_directory
+    from mambacus.tuning import processes
+
+    if processes.is_main():
+        claim_directory(config.out, "finetune", identity, resume=config.resume)
+    processes.wait()
+    return read_record(config.out / RECORD) if (config.out / RECORD).is_file() else None
 
 
 def _announce(config: Config, parameters: dict[str, Any], counts: dict[str, Any], steps: int, rate: float) -> None:
@@ -236,8 +307,9 @@ def _announce(config: Config, parameters: dict[str, Any], counts: dict[str, Any]
         f"{', '.join(parameters['targets'])}; peak rate {rate:g}"
     )
     dropped = "".join(f", {number} dropped ({reason})" for reason, number in counts["dropped"].items())
+    split = f", {counts['split']} cut into pieces" if counts["split"] else ""
     print(
-        f"data: {counts['kept']} of {counts['rows']} rows{dropped}, {counts['duplicates']} repeated, "
+        f"data: {counts['kept']} of {counts['rows']} rows{dropped}{split}, {counts['duplicates']} repeated, "
         f"{counts['tokens']:,} tokens; {steps} steps of {config.batch_size}"
     )
 
@@ -260,12 +332,24 @@ def _save(config: Config, kind: str, trained: nn.Module, tokenizer: Any, base_si
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run from the command line and print the outcome."""
+    """Run from the command line and print the outcome; of several processes launched together, one speaks."""
     config = parse(Config, argv, "mambacus finetune", __doc__.splitlines()[0])
-    results = run(config).results
-    train = results["train"]
+    record = run(config)
+    if record.kind == "sweep":
+        from mambacus.finetune_sweep import table
+
+        print("\n".join([*table(record), f"record: {config.out / RECORD}"]))
+        return
+    from mambacus.finetune_check import summary
+    from mambacus.tuning.processes import is_main
+
+    if not is_main():
+        return
+    train = record.results["train"]
     print(
         f"{train['steps']} steps, loss {train['loss_first']:.3f} -> {train['loss_last']:.3f}, "
         f"{train['tokens_per_second']:,.0f} tokens/s, {train['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
+    for line in summary(record.results["check"]):
+        print(line)
     print(f"{config.out / ('model' if config.method == 'full' else 'adapter')}  record: {config.out / RECORD}")

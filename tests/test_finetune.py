@@ -40,7 +40,7 @@ def config(rows: Path, tmp_path: Path) -> Callable[..., finetune.Config]:
     def make(**changes: object) -> finetune.Config:
         settings = {
             "model": "random:micro", "data": str(rows), "out": tmp_path / "run", "max_steps": 3, "batch_size": 4,
-            "device": "cpu", "dtype": "float32", "save_every": 2,
+            "device": "cpu", "dtype": "float32", "save_every": 2, "check": 0,
         }  # fmt: skip
         return finetune.Config(**(settings | changes))  # type: ignore[arg-type]
 
@@ -67,7 +67,7 @@ def check_record(record: Record, steps: int) -> None:
 def test_lora_leaves_an_adapter_and_a_record(config: Callable[..., finetune.Config], tmp_path: Path) -> None:
     finetune.run(config())
     out = tmp_path / "run"
-    assert files(out) == {"adapter", "checkpoints", "record.json", "run.json", "tensorboard"}
+    assert files(out) == {"adapter", "checkpoints", "left_out.jsonl", "record.json", "run.json", "tensorboard"}
     assert files(out / "adapter") == ADAPTER_FILES
     assert files(out / "checkpoints") == {"checkpoint-2", "checkpoint-3"}
     record = read_record(out / "record.json")
@@ -181,7 +181,18 @@ def test_a_yaml_file_sets_what_flags_do_not(rows: Path, tmp_path: Path, capsys: 
     (tmp_path / "c.yaml").write_text(
         f"model: random:micro\ndata: {rows}\nmax-steps: 9\nbatch_size: 4\ntargets: [in_proj]\n"
     )
-    flags = ["-c", str(tmp_path / "c.yaml"), "--max-steps", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    flags = [
+        "-c",
+        str(tmp_path / "c.yaml"),
+        "--max-steps",
+        "1",
+        "--device",
+        "cpu",
+        "--check",
+        "0",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main(["finetune", *flags]) == 0
     record = read_record(tmp_path / "run" / "record.json")
     assert record.config["max_steps"] == record.results["train"]["steps"] == 1
@@ -200,8 +211,20 @@ def test_a_killed_run_resumes_to_the_same_adapter(config: Callable[..., finetune
     plain = config(out=out, **settings)
     flags = [
         f"--{name.replace('_', '-')}={getattr(plain, name)}"
-        for name in ("model", "data", "out", "max_steps", "batch_size", "device", "dtype", "save_every", "dropout")
+        for name in (
+            "model",
+            "data",
+            "out",
+            "max_steps",
+            "batch_size",
+            "device",
+            "dtype",
+            "save_every",
+            "dropout",
+            "check",
+        )
     ]
+    flags.append("--check=0")
     threads = str(torch.get_num_threads())  # sums in another order would differ in the last bit
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     process = subprocess.Popen(

@@ -160,7 +160,7 @@ class _Planner:
     def tune(self, entry: ModelEntry, variant: Variant) -> _Tuned:
         label = f"{entry.label}+{variant.label}"
         folder = self.out / "finetune" / _file(label)
-        values = {**variant.settings, "model": entry.source, "out": folder}
+        values = {"check": 0, **variant.settings, "model": entry.source, "out": folder}  # the study measures itself
         if self.overrides.data_dir is not None and variant.data_offline:
             note = (
                 f"Fine-tuning {variant.label} uses {variant.data_offline} of the local data folder instead of "

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from mambacus.runtime.errors import UserError
 
 MARKER = "complete.json"
-_STAGING = ".being-written"
+STAGING = ".being-written"
 _NAME = re.compile(r"checkpoint-\d+")
 
 
@@ -36,7 +36,7 @@ def write_checkpoint(
     Raises:
         UserError: the disk is full or cannot be written; earlier checkpoints are intact.
     """
-    staging, final = folder / _STAGING, folder / f"checkpoint-{step}"
+    staging, final = folder / STAGING, folder / f"checkpoint-{step}"
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Several adapters in one model: the changes each makes to the weights, combined with PEFT's functions.
 
-PEFT combines LoRA matrices, where a sum of A's times a sum of B's is not the sum of the products. Here each adapter is merged
-for itself (and passes its gate), and what is combined is the change of every weight, whatever method made it.
+PEFT combines LoRA matrices, where a sum of A's times a sum of B's is not the sum of the products. Here each adapter is
+merged for itself (and passes its gate), and what is combined is the change of every weight, whatever made it.
 """
 
 from __future__ import annotations

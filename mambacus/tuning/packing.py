@@ -111,6 +111,7 @@ def plan(
     grad_accum: int,
     capacity: int,
     seed: int,
+    processes: int = 1,
 ) -> Plan:
     """Lay out a run: shuffle each epoch, cut the stream into steps, pack each step, split it into micro-batches.
 
@@ -125,20 +126,25 @@ def plan(
         grad_accum: micro-batches that one step is split into; changes memory, not the gradient.
         capacity: tokens a row may hold; 0 gives every sample its own row.
         seed: seed of the order.
+        processes: that share the micro-batches of each step out in turn; each gets ``grad_accum`` of them, in a short
+            last step empty ones. Which samples make a step does not depend on it.
     """
+    parts = grad_accum * processes
     wanted = max_steps * batch_size if max_steps else max(1, round(epochs * len(lengths)))
     micro_batches: list[Rows] = []
     tokens = computed = 0
     stream = _shuffled(len(lengths), wanted, seed)
     for start in range(0, wanted, batch_size):
         chosen = stream[start : start + batch_size].tolist()
-        rows = pack([lengths[index] for index in chosen], capacity, min_rows=grad_accum)
-        for part in _split(rows, grad_accum):
+        rows = pack([lengths[index] for index in chosen], capacity, min_rows=parts)
+        split = _split(rows, parts)
+        for part in split:
             part = [[chosen[position] for position in row] for row in part]
             totals = [sum(lengths[index] for index in row) for row in part]
             tokens += sum(totals)
             computed += max(totals) * len(totals)
             micro_batches.append(part)
+        micro_batches += [[] for _ in range(parts - len(split) if processes > 1 else 0)]
     return Plan(micro_batches, math.ceil(wanted / batch_size), tokens, computed)
 
 
@@ -189,4 +195,6 @@ class PlannedBatches(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rows = self.plan.micro_batches[index]
+        if not rows:  # a process that has nothing to do in a step takes part with a gradient of zero
+            return collate([[Sample(np.zeros(2, dtype=np.int32), trained_from=2)]])
         return collate([[self.samples[sample] for sample in row] for row in rows])

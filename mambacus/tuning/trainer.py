@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 import re
 import sys
 import time
@@ -22,8 +21,9 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from mambacus.runtime.device import peak_memory_bytes
 from mambacus.runtime.errors import UserError
+from mambacus.tuning import processes
 from mambacus.tuning.audit import FrozenCheck, GradientAudit, TrainingStoppedError, first_bad_module
-from mambacus.tuning.checkpoints import newest_checkpoint, read_notes, write_checkpoint
+from mambacus.tuning.checkpoints import STAGING, newest_checkpoint, read_notes, write_checkpoint
 from mambacus.tuning.packing import PlannedBatches
 
 _WEIGHTS = "trainable.safetensors"
@@ -278,11 +278,12 @@ class MambaTrainer(Trainer):
     ) -> Any:
         """Return the loss of a micro-batch over the number of trained tokens of the *whole step*.
 
-        Summed over the micro-batches it is the mean over the step's tokens, so splitting a step keeps its gradient.
+        Summed over the micro-batches it is the mean over the step's tokens, so splitting a step keeps its gradient. Of
+        several processes, whose gradients are averaged, each gives its part times their number.
         """
         if num_items_in_batch is None:
             raise RuntimeError("the Trainer did not count the trained tokens of this step")
-        loss = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = model(**inputs, num_items_in_batch=num_items_in_batch) * processes.world_size()
         return (loss, {}) if return_outputs else loss
 
     def training_step(
@@ -308,12 +309,21 @@ class MambaTrainer(Trainer):
 
         def save_into(folder: Path) -> None:
             self._staging = folder
+            processes.wait()
             super(MambaTrainer, self)._save_checkpoint(model, trial)
+            processes.wait()
             (written,) = folder.iterdir()
             for path in written.iterdir():
                 path.rename(folder / path.name)
             written.rmdir()
 
+        if not processes.is_main():  # adds its random state to what the main process writes
+            self._staging = self._checkpoints / STAGING
+            processes.wait()
+            super()._save_checkpoint(model, trial)
+            processes.wait()
+            self._staging = None
+            return
         try:
             write_checkpoint(self._checkpoints, self.state.global_step, {"seconds": self.seconds}, save_into)
         finally:
@@ -336,10 +346,6 @@ class MambaTrainer(Trainer):
 
 
 def _arguments(settings: Settings, steps: int) -> TrainingArguments:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "finetune: expected one process, was launched as several; the plan of a run is not shared out yet"
-        )
     if settings.device.type == "cuda" and settings.device.index:
         raise UserError(
             f"--device {settings.device}: training takes the first GPU it sees; "
@@ -362,6 +368,10 @@ def _arguments(settings: Settings, steps: int) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=settings.device.type == "cuda",
+        ddp_backend="gloo" if processes.world_size() > 1 and settings.device.type == "cpu" else None,
+        ddp_find_unused_parameters=False,  # every one takes part, or the audit stops the run
+        ddp_broadcast_buffers=False,
+        average_tokens_across_devices=True,
         seed=settings.seed,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # the Trainer would spread one process over all GPUs with DataParallel
@@ -397,7 +407,7 @@ class Progress(TrainerCallback):
         """Open the line."""
         self._bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="finetune", unit="step", dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not sys.stderr.isatty() or not processes.is_main(),
         )  # fmt: skip
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -240,14 +240,6 @@ def test_another_gpu_than_the_first_is_refused(
         train(make_model(), batches(samples, 1), settings)
 
 
-def test_several_processes_are_refused(
-    make_model: Callable[..., MambaLM], samples: list[Sample], settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="expected one process"):
-        train(make_model(), batches(samples, 1), settings)
-
-
 def test_the_log_can_be_read_by_tensorboard(
     make_model: Callable[..., MambaLM], samples: list[Sample], settings: Settings
 ) -> None:

@@ -105,7 +105,7 @@ def test_weights_of_another_shape_are_refused(trained: Callable[..., Any], make_
 def test_what_is_not_finite_is_refused(trained: Callable[..., Any], make_model: Callable[..., MambaLM]) -> None:
     tuned = [parameters_of(merge(trained("lora", number))[0]) for number in (1, 2)]
     with pytest.raises(UserError, match="the merge failed: the combined"):
-        combine(make_model(), tuned, Combination("linear", (1e38, 1e38), 1.0, 0), untied=False)
+        combine(make_model(), tuned, Combination("linear", (float("inf"), 1.0), 1.0, 0), untied=False)
 
 
 def test_weights_are_one_for_each_adapter() -> None:
