@@ -64,7 +64,7 @@ def test_the_summary_tells_gain_cost_checks_speed_and_where_the_page_lies(finish
 def test_the_recipe_meets_what_the_demo_promises():
     recipe = read_recipe(demo.RECIPE)
     assert [entry.source for entry in recipe.models] == ["tiny"]
-    assert recipe.solve["bench"] == ["wordproblems"] and recipe.solve["limit"] >= 500
+    assert recipe.solve["bench"] == ["wordproblems", "wordproblems_novel"] and recipe.solve["limit"] >= 500
     assert recipe.evaluate["tasks"] == ["text_sample"]
     assert recipe.check_attached
     assert all(variant.settings["data"].startswith("wordproblems:") for variant in recipe.finetune)
