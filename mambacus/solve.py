@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from mambacus.runtime.records import Record, Stopwatch, write_jsonl_atomic, writ
 
 if TYPE_CHECKING:
     from mambacus.data.problems import MathProblem
+    from mambacus.prompts import Prompt
 
 
 BENCHES = (
@@ -39,6 +40,12 @@ class Config:
         choices=("cot", "direct", "program"),
     )
     num_fewshot: int = opt(0, "worked examples before each problem, from the training set", least=0, metavar="K")
+    prompt: Path | None = opt(
+        None, "prompt file to ask with (prompt optimise), read for every problem", metavar="FILE.yaml"
+    )
+    state: Path | None = opt(
+        None, "compiled prompt to ask with (prompt compile), not read at all", metavar="FILE.state"
+    )
     program_seconds: int = opt(5, "CPU seconds that a program of the model may take", least=1)
     temperature: float = opt(0.0, "of sampling; 0 is greedy", least=0)
     top_k: int = opt(0, "sample from the k likeliest tokens; 0: all", least=0)
@@ -68,6 +75,7 @@ def run(config: Config) -> Record:
     claim_file(config.out, overwrite=config.overwrite)
     stopwatch = Stopwatch()
     from mambacus.evals.math import examples, load_problems, prompt, summarise
+    from mambacus.prompts.prompt import question_of
 
     if config.style == "program":
         from mambacus.evals.sandbox import check_available
@@ -76,19 +84,24 @@ def run(config: Config) -> Record:
     sets = {name: load_problems(name, config.data_dir, config.limit, config.problem_seed) for name in config.bench}
     shots = {name: examples(name, config.style, config.data_dir, config.num_fewshot) for name in config.bench}
     engine = _engine(config)
+    engine, asked = _asked(config, engine, sets)
     cache = _cache(config, engine)
     benches: dict[str, dict[str, Any]] = {}
     items: list[dict[str, Any]] = []
     for name, problems in sets.items():
         prompts = [prompt(problem, config.style) for problem in problems]
-        completions, speed = _complete(config, engine, cache, name, prompts, shots[name])
+        if asked is not None:
+            prompts = [asked.query(question_of(problem)) for problem in problems]
+            shots[name] = "" if config.state else asked.prefix
+        completions, speed = _complete(config, engine, cache, name, prompts, shots[name], asked)
         found = _items(config, name, problems, [shots[name] + text for text in prompts], completions)
         benches[name] = summarise(found, config.seed) | speed
         items += found
     cache.close()
     path = items_path(config.out)
     write_jsonl_atomic(path, items)
-    record = stopwatch.record("solve", _label(config), config, {"benches": benches}, items_file=path.name)
+    results = {"benches": benches, "prompt_tokens": getattr(getattr(engine, "stats", None), "prompt_tokens", None)}
+    record = stopwatch.record("solve", _label(config), config, results, items_file=path.name)
     write_record(config.out, record)
     return record
 
@@ -102,6 +115,11 @@ def _check(config: Config) -> None:
         faults.append(f"--bench: {', '.join(repeated)} given more than once")
     if not config.bench:
         faults.append("--bench: expected at least one bench")
+    given = [flag for flag, path in (("--prompt", config.prompt), ("--state", config.state)) if path is not None]
+    if len(given) == 2:
+        faults.append("--prompt and --state exclude each other: a state holds its prompt")
+    if given and (config.style != "cot" or config.num_fewshot):
+        faults.append(f"{given[0]}: has its own frame and examples; expected --style cot and no --num-fewshot")
     check(config, *faults)
 
 
@@ -121,6 +139,24 @@ def _engine(config: Config) -> Any:
     return Engine(model, tokenizer, batch_size=config.batch_size)
 
 
+def _asked(config: Config, engine: Any, sets: Mapping[str, Sequence[MathProblem]]) -> tuple[Any, Prompt | None]:
+    """Return the engine, which with ``--state`` begins from the state, and the prompt to ask with if one is given."""
+    from mambacus.inference import Engine
+    from mambacus.prompts import read_prompt
+    from mambacus.prompts.asking import prime
+    from mambacus.prompts.prompt import question_of
+
+    if config.prompt is not None:
+        return engine, read_prompt(config.prompt)
+    if config.state is None:
+        return engine, None
+    if not isinstance(engine, Engine):
+        raise UserError(f"--state {config.state}: states are Mamba's; {config.model} is run by transformers")
+    questions = [question_of(problem) for problems in sets.values() for problem in problems]
+    model, prompt = prime(config.state, engine.model, engine.tokenizer, questions)
+    return Engine(model, engine.tokenizer, batch_size=engine.batch_size), prompt
+
+
 def _cache(config: Config, engine: Any) -> Any:
     """Return the cache of completions; without ``--cache`` one that keeps nothing between runs."""
     from mambacus.evals.cache import CompletionCache, cache_file, model_fingerprint
@@ -132,7 +168,7 @@ def _cache(config: Config, engine: Any) -> Any:
 
 
 def _complete(
-    config: Config, engine: Any, cache: Any, bench: str, prompts: Sequence[str], shots: str
+    config: Config, engine: Any, cache: Any, bench: str, prompts: Sequence[str], shots: str, asked: Prompt | None
 ) -> tuple[list[list[Any]], dict[str, Any]]:
     """Return the completions of each prompt, and how fast they came."""
     from tqdm import tqdm
@@ -146,7 +182,7 @@ def _complete(
         top_k=config.top_k,
         top_p=config.top_p,
         n=config.samples,
-        stop=list(math.stops(config.style)),
+        stop=list(asked.stops if asked is not None else math.stops(config.style)),
         seed=config.seed,
     )
     hits = cache.hits

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from mambacus import cli, prompt_compile, prompt_optimise, prompt_tune
+from mambacus import cli, evaluate, prompt_compile, prompt_optimise, prompt_tune, solve
 from mambacus.data import wordproblems
 from mambacus.inference import Engine, SamplingParams
 from mambacus.models import load
 from mambacus.models.primed import PrimedModel
 from mambacus.models.state_files import read_state
 from mambacus.prompts import DEFAULT, Exemplar, Prompt, read_prompt, write_prompt
+from mambacus.prompts.prompt import encode
 from mambacus.runtime.records import read_jsonl, read_record
 
 EXEMPLARS = tuple(map(Exemplar.of, wordproblems.generate(8, "train", seed=77)))
@@ -98,6 +99,64 @@ def test_a_compiled_prompt_gives_the_same_text_for_fewer_tokens(compiled: Path) 
     record = read_record(compiled / "p.json")
     assert record.results["prefix_tokens"] == len(file.token_ids) == int(file.state.tokens)
     assert record.results["gate"]["max_logprob_difference"] <= 1e-4
+
+
+def test_solve_reads_a_fifth_and_answers_the_same(compiled: Path, tmp_path: Path) -> None:
+    items, read = {}, {}
+    for flag, path in (("prompt", compiled / "p.yaml"), ("state", compiled / "p.state")):
+        out = tmp_path / f"{flag}.json"
+        options: dict[str, Any] = {flag: path, "limit": 12, "max_new_tokens": 24, "device": "cpu"}
+        record = solve.run(solve.Config("tiny", ("wordproblems",), out, **options))
+        read[flag] = record.results["prompt_tokens"]
+        rows = [item for _, item in read_jsonl(tmp_path / f"{flag}.items.jsonl")]
+        items[flag] = [(row["id"], row["completion"], row["correct"], row["tokens"]) for row in rows]
+    assert items["prompt"] == items["state"] and any(completion for _, completion, _, _ in items["state"])
+    _, tokenizer = load("tiny")
+    plain = read_prompt(compiled / "p.yaml")
+    problems = wordproblems.generate(12, "test", seed=0)
+    whole = sum(len(encode(tokenizer, plain.text(problem.question))) for problem in problems)
+    prefix = read_record(compiled / "p.json").results["prefix_tokens"]
+    assert read["state"] == whole - 12 * prefix and read["state"] * 5 <= whole
+    assert read["prompt"] == whole - 11 * prefix  # solve itself reads what its prompts share once
+
+
+def test_evaluate_after_a_state_is_evaluate_after_its_text(compiled: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, options in (("plain", {}), ("state", {"state": compiled / "p.state"})):
+        config = evaluate.Config("tiny", ("text_sample",), tmp_path / f"{name}.json", device="cpu", limit=2, **options)
+        found[name] = evaluate.run(config).results["tasks"]["text_sample"]["word_perplexity"]["value"]
+    assert found["plain"] != pytest.approx(found["state"], rel=1e-3)
+    model, tokenizer = load("tiny")
+    start = read_state(compiled / "p.state", model, tokenizer)
+    from mambacus.evals.scoring import Counts, Scorer
+
+    pair = (tuple(encode(tokenizer, "\nThe sky")), tuple(encode(tokenizer, " is blue.")))
+    whole = ((*start.token_ids, *pair[0]), pair[1])
+    [ours] = Scorer(PrimedModel(model, start.state), 1, True, Counts()).score([pair])
+    [plain] = Scorer(model, 1, True, Counts()).score([whole])
+    assert ours.loglikelihood == pytest.approx(plain.loglikelihood, abs=1e-4) and ours.is_greedy == plain.is_greedy
+
+
+@pytest.mark.parametrize("verb", ["solve", "evaluate", "generate"])
+def test_states_that_do_not_fit_are_refused_by_every_verb(
+    verb: str, compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {
+        "solve": ["--bench", "wordproblems", "--limit", "1", "--out", str(tmp_path / "o.json")],
+        "evaluate": ["--tasks", "text_sample", "--limit", "1", "--out", str(tmp_path / "o.json")],
+        "generate": ["--prompt", "A"],
+    }[verb]
+    cut = tmp_path / "cut.state"
+    cut.write_bytes((compiled / "p.state").read_bytes()[:-100])
+    for model, path, message in (
+        ("random:tiny", compiled / "p.state", "random:tiny"),
+        ("tiny", cut, "not a readable safetensors file"),
+        ("tiny", tmp_path / "none.state", "none.state"),
+    ):
+        assert cli.main([verb, "--model", model, "--state", str(path), "--device", "cpu", *flags]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith(f"mambacus {verb}: error: ") and message in error and path.name in error
+    assert not (tmp_path / "o.json").exists()
 
 
 def test_loglikelihoods_after_the_state_are_those_after_the_prompt(compiled: Path) -> None:
