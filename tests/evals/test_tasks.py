@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from mambacus.evals import math
 from mambacus.evals.catalogue import LOCAL_TASKS, load_tasks
 from mambacus.runtime.errors import UserError
 
@@ -27,8 +31,10 @@ DEFINITIONS = {
     "mathqa": "mathqa/mathqa.yaml",
     "winogrande": "winogrande/default.yaml",
     "gsm8k": "gsm8k/gsm8k.yaml",
+    "gsm8k_cot": "gsm8k/gsm8k-cot.yaml",
     "piqa": "piqa/piqa.yaml",
 }
+SOLVED = ["svamp", "asdiv", "mawps", "aqua", "mathqa_gen", "math", "math500", "gsm_hard", "wordproblems"]
 SOURCE_KEYS = {"dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset"}
 # Without a local training split, worked examples come from another one.
 WITHOUT_TRAINING = {"wikitext", "hellaswag", "mathqa", "winogrande", "piqa"}
@@ -47,6 +53,8 @@ def test_definition_is_the_installed_one(name: str) -> None:
         theirs.pop("training_split")
     if name == "wikitext":
         theirs.pop("validation_split")
+    if "samples" in (ours.get("fewshot_config") or {}):
+        ours["fewshot_config"]["samples"] = ours["fewshot_config"]["samples"]()
     keys = (ours.keys() | theirs.keys()) - SOURCE_KEYS
     different = {key for key in keys if plain(ours.get(key)) != plain(theirs.get(key))}
     assert not different
@@ -96,6 +104,36 @@ def test_known_prompts(small_data: Path) -> None:
         ("Sarah was a much better surgeon than Maria so Sarah", " always got the easier cases."),
         ("Sarah was a much better surgeon than Maria so Maria", " always got the easier cases."),
     ]
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_benches_ask_and_grade_as_solve_does(name: str, small_data: Path) -> None:
+    (task,), _ = load_tasks([name], small_data)
+    problems = math.load_problems(name, small_data, None, 0)
+    for shots in (0, min(2, len(task.dataset["train"]))):  # of MATH's first rows none has a solution
+        task.config.num_fewshot = shots
+        task.set_fewshot_seed(1234)
+        task.build_all_requests(limit=3)
+        for request, problem in zip(task.instances, problems, strict=False):
+            text, settings = request.args
+            assert text.endswith(math.prompt(problem, "cot")) and text.count("Question: ") >= shots + 1
+            assert settings["until"] == [*math.STOPS]
+            right, wrong = f" so\n#### {problem.answer}", " I do not know"
+            assert task.process_results(request.doc, [right]) == {"accuracy": 1.0, "parsed": 1.0}
+            assert task.process_results(request.doc, [wrong]) == {"accuracy": 0.0, "parsed": 0.0}
+
+
+@pytest.mark.slow
+def test_plain_lm_eval_runs_them(checkpoint: Any, small_data: Path, tmp_path: Path) -> None:
+    arguments = [
+        "--model", "hf", "--model_args", f"pretrained={checkpoint.folder},dtype=float32,max_length=512",
+        "--tasks", "svamp,math,aqua", "--include_path", str(LOCAL_TASKS), "--limit", "2", "--device", "cpu",
+        "--metadata", json.dumps({"data_dir": str(small_data)}), "--gen_kwargs", "max_gen_toks=8",
+        "--output_path", str(tmp_path),
+    ]  # fmt: skip
+    ended = subprocess.run([sys.executable, "-m", "lm_eval", *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "svamp" in ended.stdout and "accuracy" in ended.stdout
 
 
 def test_gsm8k_takes_five_shots_by_default(small_data: Path) -> None:

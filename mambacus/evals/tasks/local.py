@@ -36,6 +36,16 @@ def gsm8k(files: Mapping[str, str], columns: list[str], data_dir: str = "", **me
     return _splits(data_dir, files, columns, published)
 
 
+def gsm8k_cot_samples() -> list[Row]:
+    """Return the eight worked examples of Wei et al. 2022, as the installed lm_eval words them."""
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    definition = load_yaml(Path(lm_eval.tasks.__file__).parent / "gsm8k" / "gsm8k-cot.yaml")
+    samples: list[Row] = definition["fewshot_config"]["samples"]
+    return samples
+
+
 def piqa(files: Mapping[str, str], columns: list[str], data_dir: str = "", **metadata: Any) -> datasets.DatasetDict:
     r"""Return PIQA with the published fields, from rows whose query reads ``Question: <goal>\n``."""
 
