@@ -131,7 +131,9 @@ def test_plain_lm_eval_runs_them(checkpoint: Any, small_data: Path, tmp_path: Pa
         "--metadata", json.dumps({"data_dir": str(small_data)}), "--gen_kwargs", "max_gen_toks=8",
         "--output_path", str(tmp_path),
     ]  # fmt: skip
-    ended = subprocess.run([sys.executable, "-m", "lm_eval", *arguments], capture_output=True, text=True, check=False)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "lm_eval", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=offline)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "svamp" in ended.stdout and "accuracy" in ended.stdout
 
