@@ -154,7 +154,7 @@ def _converted(
         if plain is None:
             left_out.drop(where, f"no final answer ({name})", str(row))
         else:
-            yield from examples_of({key: value for key, value in plain.items() if value is not None}, where)
+            yield from examples_of({key: value for key, value in plain.items() if value}, where)
 
 
 def encode(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 import sys
 import time
@@ -368,9 +369,8 @@ def _arguments(settings: Settings, steps: int) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=settings.device.type == "cuda",
-        ddp_backend="gloo" if processes.world_size() > 1 and settings.device.type == "cpu" else None,
+        ddp_backend="gloo" if "RANK" in os.environ and settings.device.type == "cpu" else None,
         ddp_find_unused_parameters=False,  # every one takes part, or the audit stops the run
-        ddp_broadcast_buffers=False,
         average_tokens_across_devices=True,
         seed=settings.seed,
     )
