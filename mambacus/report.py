@@ -88,6 +88,10 @@ def main(argv: Sequence[str]) -> None:
     config = parse(Config, argv, "mambacus report", (__doc__ or "").splitlines()[0])
     record = run(config)
     results = record.results
+    from mambacus.reporting.console import paired_text
+
+    if results["comparisons"]:
+        print(paired_text(results["comparisons"]) + "\n")
     print(f"{len(results['sources'])} records, {len(results['comparisons'])} paired comparisons")
     for figure in results["figures"]:
         print(f"figure: {figure}")
