@@ -20,6 +20,7 @@ VERBS = {
     "evaluate": "score a model on lm-evaluation-harness tasks",
     "solve": "let a model solve math problems and grade the answers",
     "generate": "continue prompts",
+    "serve": "an OpenAI-compatible HTTP server",
     "prompt": "search a prompt, compile it into a state, tune the state",
     "bench": "measure speed and memory side by side with peers",
     "report": "draw records as one HTML page with tables and plots",

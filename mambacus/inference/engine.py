@@ -175,6 +175,8 @@ class Engine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError("a text prompt needs a tokenizer; this model has none")
+            if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+                raise UserError("the prompt holds half of a surrogate pair, which is no character")
             ids = list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
         else:
             ids = [int(token) for token in prompt]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+_MOST_BYTES = 4  # of a character in UTF-8
 
 
 class TextStream:
@@ -44,12 +45,23 @@ class TextStream:
         self._pending = decoded[len(self._base) :]
         found = self._find_stop(max(0, before - self._longest))
         if not decoded.endswith(_INCOMPLETE):
-            self._complete += self._pending
-            self._pending = ""
-            self._window = self._window[self._settled :]
-            self._settled = len(self._window)
-            self._base = self._decode(self._window)
+            self._settle(len(self._window), decoded)
+        elif len(self._window) - self._settled > 2 * _MOST_BYTES:  # bytes that are no text; what can still become some?
+            for rest in range(_MOST_BYTES, 0, -1):
+                head = self._decode(self._window[:-rest])
+                if head + self._decode(self._window[-rest:]) == decoded:
+                    self._settle(len(self._window) - rest, head)
+                    break
         return found
+
+    def _settle(self, tokens: int, decoded: str) -> None:
+        """Take the first ``tokens`` of the window, whose text is ``decoded``, for complete; they are the next base."""
+        new = decoded[len(self._base) :]
+        self._complete += new
+        self._pending = self._pending[len(new) :]
+        self._window = self._window[self._settled :]
+        self._settled = tokens - self._settled
+        self._base = self._decode(self._window[: self._settled])
 
     def take(self) -> str:
         """Return what is new and can no longer change or become part of a stop string."""

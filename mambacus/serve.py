@@ -1,0 +1,131 @@
+"""``mambacus serve``: an OpenAI-compatible HTTP server over the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mambacus.runtime.config import opt, parse
+from mambacus.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from mambacus.inference import Engine
+
+KEY_VARIABLE = "MAMBACUS_API_KEY"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to serve, where, and how much of it."""
+
+    model: str = opt("tiny", help="tiny, a folder, a hub id or random:SIZE")
+    adapter: str | None = opt(None, help="PEFT adapter folder to attach", metavar="DIR")
+    name: str | None = opt(None, help="the model's name in the API (default: as --model)")
+    host: str = opt("127.0.0.1", help="address to listen on; the default is reached from this machine alone")
+    port: int = opt(8000, help="port to listen on; 0: any free one", least=0, most=65535)
+    batch_size: int = opt(64, help="completions decoded at once", least=1)
+    prefill_tokens: int = opt(512, help="most prompt tokens read between two tokens of the streams", least=1)
+    prefix_cache_mb: int = opt(256, help="megabytes of states kept for prompts that begin alike; 0: none", least=0)
+    most_waiting: int = opt(256, help="completions that may wait; more are answered 429", least=0)
+    most_prompt_tokens: int = opt(65536, help="longest prompt in tokens", least=1)
+    most_new_tokens: int = opt(4096, help="longest completion in tokens", least=1)
+    most_body_bytes: int = opt(4 << 20, help="largest request body in bytes", least=1)
+    body_seconds: float = opt(10.0, help="longest time for a body to arrive", above=0)
+    request_seconds: float = opt(300.0, help="longest time of one request", above=0)
+    drain_seconds: float = opt(30.0, help="after SIGTERM, time for open requests to finish", least=0)
+    api_key_file: Path | None = opt(
+        None, help=f"file with the key clients must send; or ${KEY_VARIABLE}", metavar="FILE"
+    )
+    chat_template: Path | None = opt(None, help="Jinja template instead of the tokenizer's own", metavar="FILE")
+    device: str = opt("auto", help="auto, cpu, cuda or cuda:N")
+    dtype: str = opt("float32", help="dtype of the weights", choices=("float32", "bfloat16", "float16"))
+    tokenizer: str | None = opt(None, help="tokenizer folder or file instead of the model's", metavar="PATH")
+    data_dir: Path | None = opt(None, help="data folder with tokenizer/20B_tokenizer.json", metavar="DIR")
+
+
+def build(config: Config) -> tuple[Any, Engine]:
+    """Return the ASGI application and its engine.
+
+    Raises:
+        UserError: a package, model, key or template that is not there.
+    """
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"serve needs {' and '.join(missing)}: pip install 'mambacus[serve]'")
+    key = _key(config)
+    template = _read(config.chat_template, "--chat-template") if config.chat_template else None
+    from mambacus.inference import Engine
+    from mambacus.models import load
+    from mambacus.runtime.device import resolve_device, resolve_dtype
+    from mambacus.serving.app import create_app
+    from mambacus.serving.chat import Chat
+    from mambacus.serving.limits import Limits
+    from mambacus.serving.metrics import Metrics
+    from mambacus.serving.service import Service
+
+    model, tokenizer = load(
+        config.model, resolve_device(config.device), resolve_dtype(config.dtype), config.adapter,
+        tokenizer=config.tokenizer, data_dir=config.data_dir,
+    )  # fmt: skip
+    engine = Engine(
+        model, tokenizer, batch_size=config.batch_size, prefill_tokens=config.prefill_tokens,
+        prefix_cache_bytes=config.prefix_cache_mb << 20,
+    )  # fmt: skip
+    limits = Limits(
+        config.most_body_bytes, config.body_seconds, config.most_prompt_tokens, config.most_new_tokens,
+        config.batch_size + config.most_waiting, config.request_seconds,
+    )  # fmt: skip
+    service = Service(engine, Metrics(), config.most_waiting)
+    return create_app(service, config.name or config.model, Chat(tokenizer, template), limits, key), engine
+
+
+def run(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT, then let open requests finish.
+
+    Raises:
+        UserError: as `build`; or the address cannot be had.
+    """
+    app, engine = build(config)
+    from mambacus.serving.server import serve
+
+    if config.host not in _LOOPBACK and _key(config) is None:
+        print(f"mambacus serve: warning: {config.host} is open to others and no key is asked for", file=sys.stderr)
+    warm_up(engine)
+    serve(app, config.host, config.port, config.drain_seconds)
+
+
+def warm_up(engine: Engine) -> None:
+    """Complete a few short prompts, so that no client waits for kernels to be compiled."""
+    from mambacus.inference import SamplingParams
+
+    for prompts in (1, 3):
+        list(engine.generate([[0] * 40] * prompts, SamplingParams(max_new_tokens=3, ignore_eos=True)))
+
+
+def _key(config: Config) -> str | None:
+    if config.api_key_file is None:
+        return os.environ.get(KEY_VARIABLE) or None
+    key = _read(config.api_key_file, "--api-key-file").strip()
+    if not key:
+        raise UserError(f"--api-key-file {config.api_key_file}: expected a key, got an empty file")
+    return key
+
+
+def _read(path: Path, flag: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{flag} {path}: not UTF-8 text") from None
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the verb."""
+    run(parse(Config, argv, "mambacus serve", __doc__ or ""))

@@ -1,0 +1,189 @@
+"""From the engine's pieces to the bodies of answers, whole and in parts."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+from mambacus.inference import Completion, Engine, Piece, Request, TokenScore
+from mambacus.inference.text import decode
+
+FINISH = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "stop"}
+
+
+def event(part: dict[str, Any]) -> bytes:
+    """Return one server-sent event."""
+    return b"data: " + json.dumps(part, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
+
+
+class Answers:
+    """The answer to one request of one or several prompts, each completed ``n`` times.
+
+    Args:
+        model: name of the model.
+        engine: whose tokenizer made the tokens.
+        requests: what the engine was given, one for each prompt.
+    """
+
+    kind = ""
+    part_kind = ""
+
+    def __init__(self, model: str, engine: Engine, requests: Sequence[Request]) -> None:
+        self._head = {"id": f"{self.kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._tokenizer, self._requests = engine.tokenizer, requests
+        self._n = requests[0].params.n
+        self._done: dict[int, tuple[int, Completion]] = {}
+        self._generated = 0
+
+    async def read(self, pieces: AsyncIterator[Piece]) -> None:
+        """Take all pieces."""
+        async for piece in pieces:
+            self._note(piece)
+
+    def whole(self) -> dict[str, Any]:
+        """Return the body when all pieces were taken."""
+        choices = [self._choice(index, *self._done[index]) for index in sorted(self._done)]
+        return {**self._head, "object": self.kind_of_whole(), "choices": choices, "usage": self._usage()}
+
+    def parts(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Yield the events of one piece."""
+        self._note(piece)
+        done = piece.completion
+        if piece.text or piece.logprobs or done is not None:
+            reason = FINISH[done.finish_reason] if done is not None else None
+            yield self._part([self._new(piece.prompt * self._n + piece.sample, piece, reason)])
+
+    def last(self) -> dict[str, Any]:
+        """Return the event that tells the usage."""
+        return self._part([]) | {"usage": self._usage()}
+
+    def kind_of_whole(self) -> str:
+        """Return the ``object`` of a whole answer."""
+        return self.part_kind
+
+    def _note(self, piece: Piece) -> None:
+        self._generated += len(piece.token_ids)
+        if piece.completion is not None:
+            self._done[piece.prompt * self._n + piece.sample] = (piece.prompt, piece.completion)
+
+    def _part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": self.part_kind, "choices": choices}
+
+    def _usage(self) -> dict[str, int]:
+        read = sum(len(request.ids) for request in self._requests)
+        return {"prompt_tokens": read, "completion_tokens": self._generated, "total_tokens": read + self._generated}
+
+    def _token(self, token: int) -> str:
+        return decode_token(self._tokenizer, token)
+
+    def _choice(self, index: int, prompt: int, completion: Completion) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _new(self, index: int, piece: Piece, reason: str | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class CompletionAnswers(Answers):
+    """Answers of ``/v1/completions``; with ``echo`` they begin with the prompt."""
+
+    kind = "cmpl"
+    part_kind = "text_completion"
+
+    def __init__(
+        self, model: str, engine: Engine, requests: Sequence[Request], prompts: Sequence[str | list[int]], *, echo: bool
+    ) -> None:
+        super().__init__(model, engine, requests)
+        self._echo = echo
+        self._texts = [p if isinstance(p, str) else decode(self._tokenizer, p) for p in prompts] if echo else []
+
+    def _choice(self, index: int, prompt: int, completion: Completion) -> dict[str, Any]:
+        scores: list[TokenScore | None] | None = None
+        ids = list(completion.token_ids)
+        if completion.logprobs is not None:
+            scores = list(completion.logprobs)
+        if self._echo:
+            ids = self._requests[prompt].ids + ids
+            if scores is not None:
+                scores = (completion.prompt_logprobs or []) + scores
+        return {
+            "index": index,
+            "text": (self._texts[prompt] if self._echo else "") + completion.text,
+            "logprobs": None if scores is None else self._logprobs(ids, scores),
+            "finish_reason": FINISH[completion.finish_reason],
+        }
+
+    def _new(self, index: int, piece: Piece, reason: str | None) -> dict[str, Any]:
+        scores = None if piece.logprobs is None else self._logprobs(piece.token_ids, piece.logprobs)
+        return {"index": index, "text": piece.text, "logprobs": scores, "finish_reason": reason}
+
+    def _logprobs(self, ids: Sequence[int], scores: Sequence[TokenScore | None]) -> dict[str, Any]:
+        """Return the four parallel lists of this API; tokens of one text share a key, the likeliest keeps it."""
+        tokens = [self._token(token) for token in ids]
+        offsets = [0]
+        for text in tokens[:-1]:
+            offsets.append(offsets[-1] + len(text))
+        tops: list[dict[str, float] | None] = []
+        for score in scores:
+            if score is None:
+                tops.append(None)
+                continue
+            top: dict[str, float] = {}
+            for token, value in (*score.top, (score.token_id, score.logprob)):
+                top.setdefault(self._token(token), value)
+            tops.append(top)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [None if score is None else score.logprob for score in scores],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+
+class ChatAnswers(Answers):
+    """Answers of ``/v1/chat/completions``."""
+
+    kind = "chatcmpl"
+    part_kind = "chat.completion.chunk"
+
+    def __init__(self, model: str, engine: Engine, requests: Sequence[Request]) -> None:
+        super().__init__(model, engine, requests)
+        self._begun: set[int] = set()
+
+    def kind_of_whole(self) -> str:
+        """Return the ``object`` of a whole answer."""
+        return "chat.completion"
+
+    def _choice(self, index: int, prompt: int, completion: Completion) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": completion.text},
+            "logprobs": None if completion.logprobs is None else {"content": self._content(completion.logprobs)},
+            "finish_reason": FINISH[completion.finish_reason],
+        }
+
+    def _new(self, index: int, piece: Piece, reason: str | None) -> dict[str, Any]:
+        delta: dict[str, Any] = {} if index in self._begun else {"role": "assistant"}
+        self._begun.add(index)
+        scores = None if piece.logprobs is None else {"content": self._content(piece.logprobs)}
+        return {"index": index, "delta": {**delta, "content": piece.text}, "logprobs": scores, "finish_reason": reason}
+
+    def _content(self, scores: Sequence[TokenScore]) -> list[dict[str, Any]]:
+        return [
+            {**self._one(score.token_id, score.logprob), "top_logprobs": [self._one(*other) for other in score.top]}
+            for score in scores
+        ]
+
+    def _one(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._token(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
+
+
+def decode_token(tokenizer: Any, token: int) -> str:
+    """Return the text of one token, special ones by name."""
+    if tokenizer is None:
+        return str(token)
+    text: str = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text

@@ -1,0 +1,179 @@
+"""What the server takes: the fields of OpenAI's API that a language model alone can honour; any other is refused."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints
+
+from mambacus.inference import SamplingParams
+
+MOST_LOGPROBS = 20
+MOST_STOPS = 16
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+TokenKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+Nothing = Annotated[float, Field(ge=0, le=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(_Strict):
+    """What a stream tells besides its text."""
+
+    include_usage: StrictBool = False
+
+
+class _Sampling(_Strict):
+    """Fields that completions and chat completions share."""
+
+    model: str | None = Field(None, max_length=512, description="the served model; may be left out")
+    temperature: Annotated[Finite, Field(ge=0, le=100)] | None = 1.0
+    top_p: Annotated[Finite, Field(gt=0, le=1)] | None = 1.0
+    top_k: Annotated[StrictInt, Field(ge=0)] = Field(0, description="draw from the k likeliest tokens; 0: all")
+    min_p: Annotated[Finite, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[Finite, Field(gt=0, le=100)] = 1.0
+    n: Annotated[StrictInt, Field(ge=1, le=128)] | None = 1
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = (
+        None
+    )
+    ignore_eos: StrictBool = False
+    stream: StrictBool | None = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=512, description="not used")
+    presence_penalty: Nothing | None = 0.0
+    frequency_penalty: Nothing | None = 0.0
+
+    def sampling(self, max_tokens: int, logprobs: int | None, **more: Any) -> SamplingParams:
+        """Return the engine's parameters; without a seed, one nobody knows."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingParams(
+            max_new_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            n=self.n or 1,
+            stop=stop,
+            seed=secrets.randbits(63) if self.seed is None else self.seed,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+            **more,
+        )
+
+
+class CompletionRequest(_Sampling):
+    """The body of ``POST /v1/completions``."""
+
+    prompt: (
+        str
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    )
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = 16
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: StrictBool | None = False
+
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts, one or many, as a list."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[int(token) for token in self.prompt]]
+        return list(self.prompt)
+
+
+class TextPart(_Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = Field(None, max_length=512)
+
+    def plain(self) -> dict[str, str]:
+        """Return the message as chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
+
+
+class ResponseFormat(_Strict):
+    """Plain text is the only format."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(_Sampling):
+    """The body of ``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = False
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+
+
+class ErrorBody(BaseModel):
+    """Why a request was refused."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer that is not 200."""
+
+    error: ErrorBody
+
+
+class Usage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Answer(BaseModel):
+    """The body of a completion or a chat completion."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "mambacus"
+
+
+class ModelList(BaseModel):
+    """The models that are served."""
+
+    object: str = "list"
+    data: list[ModelCard]

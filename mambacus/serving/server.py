@@ -1,0 +1,59 @@
+"""Listening: uvicorn with an end that lets open requests finish."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from mambacus.runtime.errors import UserError
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's server without its signal handlers, which would end the process by the signal after the drain."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+
+def serve(app: Any, host: str, port: int, drain_seconds: float) -> None:
+    """Serve ``app`` until SIGTERM or SIGINT: then accept no more, finish what is open, and return.
+
+    Prints one line with the address once it answers.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=math.ceil(drain_seconds), timeout_keep_alive=15,
+        h11_max_incomplete_event_size=1 << 16, server_header=False, ws="none",
+    )  # fmt: skip
+    asyncio.run(_serve(_Server(config), listener))
+
+
+async def _serve(server: _Server, listener: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    running = asyncio.ensure_future(server.serve(sockets=[listener]))
+    while not server.started and not running.done():
+        await asyncio.sleep(0.01)
+    host, port = listener.getsockname()[:2]
+    print(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    await running

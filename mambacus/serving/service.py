@@ -1,0 +1,148 @@
+"""The engine on a thread of its own, and what requests see of it from an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import threading
+from collections.abc import AsyncIterator, Sequence
+
+from mambacus.inference import Engine, Piece, Request, SamplingParams
+from mambacus.inference.engine import Prompt
+from mambacus.serving.metrics import Metrics
+
+LOG = logging.getLogger("mambacus.serve")
+
+
+class OverloadedError(Exception):
+    """Too many completions wait already."""
+
+
+class BrokenError(Exception):
+    """The engine stopped for a fault of its own."""
+
+
+class Service:
+    """Runs requests of many connections in one engine.
+
+    Args:
+        engine: what completes; nobody else may use it meanwhile.
+        metrics: counted in.
+        most_waiting: most completions asked for and not finished, beyond those being decoded.
+    """
+
+    def __init__(self, engine: Engine, metrics: Metrics, most_waiting: int) -> None:
+        self.engine, self.metrics, self.most_waiting = engine, metrics, most_waiting
+        self.fault: str | None = None
+        self._scheduler = engine.scheduler()
+        self._numbers = itertools.count()
+        self._open: dict[int, asyncio.Queue[Piece]] = {}  # of the event loop alone
+        self._unfinished = 0
+        self._work = threading.Event()
+        self._stopping = False
+        self._encoding = threading.Lock()  # a tokenizer changes its settings while it encodes
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the engine's thread; call it from the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop the engine's thread; what is unfinished stays so."""
+        self._stopping = True
+        self._work.set()
+        self._thread.join()
+
+    @property
+    def active(self) -> int:
+        """Completions being decoded."""
+        return self._scheduler.active
+
+    @property
+    def unfinished(self) -> int:
+        """Completions asked for and not finished."""
+        return self._unfinished
+
+    async def prepare(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], *, stream: bool
+    ) -> list[Request]:
+        """Return the checked requests, tokenized on another thread: a long text must not stop the streams.
+
+        Raises:
+            UserError: as `Engine.requests`.
+        """
+
+        def work() -> list[Request]:
+            with self._encoding:
+                return self.engine.requests(prompts, params, stream=stream)
+
+        return await asyncio.to_thread(work)
+
+    async def run(self, requests: Sequence[Request]) -> AsyncIterator[Piece]:
+        """Yield the pieces of the requests as they come; leaving gives up what is unfinished.
+
+        Raises:
+            OverloadedError: too much waits already.
+            BrokenError: the engine has stopped.
+        """
+        rows = sum(request.params.n for request in requests)
+        if self._unfinished + rows > self.most_waiting + self.engine.batch_size:
+            raise OverloadedError
+        if self.fault is not None:
+            raise BrokenError(self.fault)
+        queue: asyncio.Queue[Piece] = asyncio.Queue()
+        order = {}
+        for place, request in enumerate(requests):
+            request.number = next(self._numbers)
+            order[request.number] = place
+            self._open[request.number] = queue
+        self._unfinished += rows
+        left = rows
+        try:
+            for request in requests:
+                self._scheduler.submit(request)
+            self._work.set()
+            while left:
+                piece = await queue.get()
+                if piece.prompt < 0:
+                    raise BrokenError(piece.error)
+                if piece.completion is not None or piece.error is not None:
+                    left -= 1
+                    self._unfinished -= 1
+                yield dataclasses.replace(piece, prompt=order[piece.prompt])
+        finally:
+            self._unfinished -= left
+            for request in requests:
+                request.cancelled = request.cancelled or left > 0
+                self._open.pop(request.number, None)
+
+    def _run(self) -> None:
+        """Step for as long as there is work; the event loop is told once a step, whatever the number of streams."""
+        assert self._loop is not None
+        while not self._stopping:
+            if not (self._scheduler.active or self._scheduler.waiting):
+                self._work.wait()
+                self._work.clear()
+                continue
+            try:
+                pieces = self._scheduler.step()
+            except Exception as error:
+                LOG.exception("the engine stopped")
+                self.fault = f"{type(error).__name__}: {error}"
+                self._loop.call_soon_threadsafe(self._deliver, None)
+                return
+            if pieces:
+                self._loop.call_soon_threadsafe(self._deliver, pieces)
+
+    def _deliver(self, pieces: list[Piece] | None) -> None:
+        if pieces is None:
+            for queue in set(self._open.values()):
+                queue.put_nowait(Piece(-1, 0, "", [], error=self.fault))
+            return
+        for piece in pieces:
+            if piece.prompt in self._open:  # else it was given up
+                self._open[piece.prompt].put_nowait(piece)

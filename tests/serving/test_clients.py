@@ -1,0 +1,202 @@
+"""The clients people have: ``openai`` and lm_eval's ``local-completions``."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from mambacus.inference import SamplingParams
+
+PROMPT = "Question: Tom has 3 apples and buys 4 more. How many apples does he have?\nAnswer:"
+
+
+@pytest.fixture(scope="module")
+def client(server: Any) -> Any:
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def complete(offline: Any, prompt: str, **changes: Any) -> Any:
+    return offline.generate([prompt], SamplingParams(**changes))[0]
+
+
+def test_completions_are_those_of_the_engine(client: Any, offline: Any) -> None:
+    answer = client.completions.create(model="tiny", prompt=[PROMPT, "The cat"], max_tokens=12, temperature=0)
+    expected = [complete(offline, text, max_new_tokens=12)[0] for text in (PROMPT, "The cat")]
+    assert [choice.text for choice in answer.choices] == [one.text for one in expected]
+    assert [choice.finish_reason for choice in answer.choices] == ["length", "length"]
+    assert answer.usage.completion_tokens == 24 and answer.model == "tiny"
+    assert answer.usage.prompt_tokens == len(offline.encode(PROMPT)) + len(offline.encode("The cat"))
+
+
+def test_samples_follow_the_seed(client: Any, offline: Any) -> None:
+    settings = {"max_tokens": 10, "temperature": 0.9, "top_p": 0.8, "n": 3, "seed": 5, "stop": ["."]}
+    answer = client.completions.create(model="tiny", prompt=PROMPT, **settings)
+    expected = complete(offline, PROMPT, max_new_tokens=10, temperature=0.9, top_p=0.8, n=3, seed=5, stop=["."])
+    assert [choice.text for choice in answer.choices] == [one.text for one in expected]
+    assert {choice.finish_reason for choice in answer.choices} <= {"stop", "length"}
+    free = [client.completions.create(model="tiny", prompt=PROMPT, max_tokens=10).choices[0].text for _ in range(3)]
+    assert len(set(free)) > 1  # without a seed every request has its own
+
+
+def test_a_stream_is_the_text_in_pieces(client: Any, offline: Any) -> None:
+    settings = {"model": "tiny", "prompt": PROMPT, "max_tokens": 30, "temperature": 0, "stream": True}
+    parts = list(client.completions.create(**settings, stream_options={"include_usage": True}))
+    [expected] = complete(offline, PROMPT, max_new_tokens=30)
+    assert "".join(part.choices[0].text for part in parts[:-1]) == expected.text
+    assert parts[-2].choices[0].finish_reason == "length" and len(parts) > 20
+    assert parts[-1].usage.completion_tokens == 30 and not parts[-1].choices
+
+
+def test_chat_goes_through_the_template(client: Any, offline: Any) -> None:
+    turns = [{"role": "system", "content": "Add."}, {"role": "user", "content": [{"type": "text", "text": "2+2"}]}]
+    [expected] = complete(offline, "system: Add.\nuser: 2+2\nassistant:", max_new_tokens=9, stop=["\n\n"])
+    settings = {"model": "tiny", "messages": turns, "max_completion_tokens": 9, "temperature": 0, "stop": "\n\n"}
+    answer = client.chat.completions.create(**settings)
+    assert answer.choices[0].message.content == expected.text and answer.choices[0].message.role == "assistant"
+    parts = list(client.chat.completions.create(**settings, stream=True))
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(part.choices[0].delta.content for part in parts) == expected.text
+
+
+def test_a_conversation_reads_only_what_is_new(server: Any, client: Any) -> None:
+    turns = [{"role": "user", "content": "Tell me a long story about " + "a very old house and " * 8}]
+    for turn in range(3):
+        before = server.engine.stats.prompt_tokens
+        answer = client.chat.completions.create(model="tiny", messages=turns, max_tokens=20, temperature=0)
+        read = server.engine.stats.prompt_tokens - before
+        if turn:  # the question, and at most the answer before, where its text is cut into other tokens than chosen
+            assert read < 20 + 15 < answer.usage.prompt_tokens
+        turns += [
+            {"role": "assistant", "content": answer.choices[0].message.content}, {"role": "user", "content": "More."},
+        ]  # fmt: skip
+
+
+def test_logprobs(client: Any, offline: Any) -> None:
+    [expected] = complete(offline, PROMPT, max_new_tokens=4, logprobs=2, prompt_logprobs=True)
+    settings = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4, "temperature": 0, "logprobs": 2}
+    found = client.completions.create(**settings, echo=True).choices[0]
+    values = [score.logprob for score in (*expected.prompt_logprobs[1:], *expected.logprobs)]
+    assert found.text == PROMPT + expected.text
+    assert found.logprobs.token_logprobs[0] is None
+    assert found.logprobs.token_logprobs[1:] == pytest.approx(values, abs=1e-4)
+    assert "".join(found.logprobs.tokens) == found.text
+    streamed = [part.choices[0].logprobs for part in client.completions.create(**settings, stream=True)]
+    assert [value for part in streamed if part for value in part.token_logprobs] == pytest.approx(values[-4:], abs=1e-4)
+    chat = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=3, logprobs=True, top_logprobs=2
+    )
+    assert [len(one.top_logprobs) for one in chat.choices[0].logprobs.content] == [2, 2, 2]
+
+
+def test_models_health_and_metrics(server: Any, client: Any) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert int(values['mambacus_requests_total{path="/v1/models",status="200"}']) >= 1
+    assert int(values["mambacus_time_to_first_token_seconds_count"]) >= 1
+    assert int(values["mambacus_generated_tokens_total"]) > 0 and values["mambacus_completions_unfinished"] == "0"
+    described = {line.split()[2] for line in lines if line.startswith("# TYPE")}
+    assert all(name.split("{")[0].removesuffix("_bucket").removesuffix("_sum").removesuffix("_count") in described
+               for name in values)  # fmt: skip
+
+
+def test_lm_eval_gets_the_scores_and_texts_of_the_harness(server: Any, offline: Any) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from mambacus.evals.harness import MambacusLM
+    from mambacus.models.registry import resolve
+
+    pairs = [(PROMPT, " He has 7 apples."), ("The cat sat on the", " mat"), ("One, two,", " three")]
+    folder = str(resolve("tiny").folder)
+    theirs = LocalCompletionsAPI(
+        base_url=f"{server.url}/v1/completions", model="tiny", tokenizer=folder, tokenizer_backend="huggingface",
+        num_concurrent=2,
+    )  # fmt: skip
+    ours = MambacusLM(offline.model, offline.tokenizer)
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    for (score, greedy), (expected, also) in zip(theirs.loglikelihood(asked), ours.loglikelihood(asked), strict=True):
+        assert score == pytest.approx(expected, abs=1e-3) and greedy == also
+    until = [Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 8}), i)
+             for i, (text, _) in enumerate(pairs)]  # fmt: skip
+    assert theirs.generate_until(until) == ours.generate_until(until)
+
+
+async def _stream_all(url: str, bodies: list[dict[str, Any]]) -> list[str]:
+    limits = httpx.Limits(max_connections=len(bodies))
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+        return await asyncio.gather(*(_stream(http, body) for body in bodies))
+
+
+async def _stream(http: httpx.AsyncClient, body: dict[str, Any]) -> str:
+    import json
+
+    text = ""
+    async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+        assert answer.status_code == 200
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                part = json.loads(line.removeprefix("data: "))
+                assert "error" not in part, part
+                text += part["choices"][0]["text"]
+    return text
+
+
+def bodies(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Return requests of many kinds; each names its seed."""
+    return [
+        {
+            "prompt": f"Question: Anna has {i + seed} coins and {'very ' * (i % 17)}many friends.\nAnswer:",
+            "max_tokens": 4 + i % 20,
+            "temperature": [0, 0.7, 1.1][i % 3],
+            "top_p": [1, 0.9][i % 2],
+            "seed": seed + i,
+        }
+        for i in range(count)
+    ]
+
+
+def expected_texts(offline: Any, asked: list[dict[str, Any]]) -> list[str]:
+    params = [
+        SamplingParams(
+            max_new_tokens=one["max_tokens"], temperature=one["temperature"], top_p=one["top_p"], seed=one["seed"]
+        )
+        for one in asked
+    ]
+    return [row[0].text for row in offline.generate([one["prompt"] for one in asked], params)]
+
+
+def test_64_streams_at_once_each_get_their_own_text(server: Any, offline: Any) -> None:
+    asked = bodies(64)
+    assert asyncio.run(_stream_all(server.url, asked)) == expected_texts(offline, asked)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_64_streams_for_five_minutes(server: Any, offline: Any, record_property: Any) -> None:
+    """No error, no wrong text, flat memory; prints the 99th percentile of the time to the first token."""
+    import os
+    import time
+
+    import psutil
+
+    began, rounds, sizes = time.monotonic(), 0, []
+    while time.monotonic() - began < float(os.environ.get("MAMBACUS_SOAK_SECONDS", "300")):
+        asked = bodies(64, seed=1000 * rounds)
+        assert asyncio.run(_stream_all(server.url, asked)) == expected_texts(offline, asked)
+        rounds += 1
+        sizes.append(psutil.Process().memory_info().rss)
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    name = "mambacus_time_to_first_token_seconds_bucket"
+    counts = [(line.split('"')[1], int(line.split()[1])) for line in lines if line.startswith(name)]
+    p99 = next(bound for bound, count in counts if count >= 0.99 * counts[-1][1])
+    record_property("rounds", rounds)
+    record_property("p99_time_to_first_token_at_most_s", p99)
+    print(f"{rounds} rounds of 64 streams, p99 time to first token <= {p99} s, memory {[s >> 20 for s in sizes]} MiB")
+    settled = sizes[len(sizes) // 4]  # the prefix cache has filled by then
+    assert max(sizes[len(sizes) // 2 :]) < 1.1 * settled + (64 << 20)
