@@ -14,6 +14,7 @@ from mambacus.reporting.compare import ALPHA, Comparison, Uncompared, compare, c
 from mambacus.reporting.formats import show
 from mambacus.reporting.lineup import Lineup, line_up
 from mambacus.reporting.plots import Chart, Panel, Radar, change_panels, radar, training_chart
+from mambacus.reporting.prompts import prompt_table
 from mambacus.reporting.samples import Samples, sample_problems
 from mambacus.reporting.scores import Scores
 from mambacus.reporting.sources import Source, of_kind
@@ -66,6 +67,7 @@ class Page:
     training: Table
     chart: Chart | None
     merges: Table
+    prompts: Table
     checks: tuple[str, ...]
     records: Table
     environment: Table
@@ -104,6 +106,7 @@ def build(sources: Sequence[Source], *, title: str = "", pairs: Sequence[str] = 
         training=training_table(sources),
         chart=training_chart([(run, colours.get(run.label, place)) for place, run in enumerate(runs)]),
         merges=merge_table(sources),
+        prompts=prompt_table(sources),
         checks=tuple(agreement(sources, one, two) for one, two in lineup.checks),
         records=record_table(sources, (root or Path.cwd()).resolve()),
         environment=environment_table(sources),

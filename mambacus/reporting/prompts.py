@@ -1,0 +1,49 @@
+"""What prompt searches found: the prompts on the test with their paired comparisons, and what each search cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mambacus.reporting.formats import p_text, percent, reference
+from mambacus.reporting.sources import Source, of_kind
+from mambacus.reporting.tables import Cell, Table
+
+_NAMES = {"default": "default prompt", "optimised": "optimised prompt", "random": "best random prompt"}
+
+
+def prompt_table(sources: Sequence[Source]) -> Table:
+    """One row per prompt that was confirmed on a test: accuracy, the optimised prompt's gain over it, and the cost."""
+    body = []
+    for source in of_kind(sources, "prompt"):
+        results = source.record.results
+        test, tokens = results["test"], results["search"]["tokens"]
+        for name, figures in test["prompts"].items():
+            against = test["optimised_against"].get(name)
+            low, high = figures["wilson95"]
+            row = [
+                Cell(results["bench"], f"{source.label}{reference([source.number])}"),
+                Cell(_NAMES.get(name, name), results["finals"]["chosen"] if name == "optimised" else ""),
+                Cell(f"{test['n']:,}"),
+                Cell(percent(figures["accuracy"]), f"{percent(low)} to {percent(high)}"),
+            ]
+            if against is None:
+                cost = Cell(f"{tokens['forward']:,}", f"{tokens['times_fewer']:.1f} × fewer than without states")
+                row += [Cell("–"), Cell("–"), cost]
+            else:
+                gain, ends = 100 * against["difference"], (100 * against["low"], 100 * against["high"])
+                row += [
+                    Cell(f"{gain:+.1f} points", f"{ends[0]:+.1f} to {ends[1]:+.1f}"),
+                    Cell(p_text(against["p"]), f"+{against['gained']} / −{against['lost']}"),
+                    Cell(""),
+                ]
+            body.append(tuple(row))
+    columns = (
+        "Bench",
+        "Prompt",
+        "#Problems",
+        "#Accuracy, 95 %",
+        "#Optimised against it",
+        "#p",
+        "#Tokens of the search",
+    )
+    return Table("prompts", columns, tuple(body))
