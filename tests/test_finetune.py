@@ -245,3 +245,112 @@ def test_a_killed_run_resumes_to_the_same_adapter(config: Callable[..., finetune
     assert wanted <= record.results["train"]["resumed_from_step"] < steps, where
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == expected, where
     assert record.results["history"] == read_record(tmp_path / "whole" / "record.json").results["history"], where
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kills", [3, 200])
+def test_kills_at_random_moments_lose_no_checkpoint(
+    config: Callable[..., finetune.Config], tmp_path: Path, kills: int
+) -> None:
+    """SIGKILL after a random time, again and again: what was whole stays whole, the end is that of a run in peace."""
+    import multiprocessing
+
+    from mambacus.tuning.checkpoints import newest_checkpoint
+
+    settings = {"max_steps": 30, "save_every": 1, "dropout": 0.3}
+    finetune.run(config(out=tmp_path / "peace", **settings))
+    expected = (tmp_path / "peace" / "adapter" / "adapter_model.safetensors").read_bytes()
+    context = multiprocessing.get_context("forkserver")  # a server that has imported torch makes each start quick
+    context.set_forkserver_preload(["mambacus.tuning.trainer", "mambacus.tuning.prepare", "mambacus.models", "peft"])
+    chance = random.Random(0)
+    killed = rounds = 0
+
+    def step_of(checkpoint: Path | None) -> int:
+        return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+    while killed < kills:
+        rounds += 1
+        out = tmp_path / f"round{rounds}"
+        while killed < kills and not (out / "record.json").exists():
+            process = context.Process(target=finetune.run, args=(config(out=out, resume=True, **settings),))
+            process.start()
+            process.join(chance.uniform(0.0, 4.0))
+            seen = step_of(newest_checkpoint(out / "checkpoints"))
+            if process.is_alive():
+                process.kill()
+                killed += 1
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL), f"seed 0, kill {killed}"
+            assert step_of(newest_checkpoint(out / "checkpoints")) >= seen, f"seed 0, kill {killed}"
+        finetune.run(config(out=out, resume=True, **settings))
+        assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == expected, f"seed 0, round {rounds}"
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(
+    config: Callable[..., finetune.Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mambacus.tuning import checkpoints, trainer
+
+    save_file, out = trainer.save_file, tmp_path / "run"
+
+    def full(tensors: object, path: Path) -> None:
+        if (out / "checkpoints" / "checkpoint-2").exists():
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "save_file", full)
+    with pytest.raises(UserError, match=r"step 3: .*No space left on device; the last good one is .*checkpoint-2"):
+        finetune.run(config())
+    assert files(out / "checkpoints") == {"checkpoint-2"}
+    assert checkpoints.newest_checkpoint(out / "checkpoints") == out / "checkpoints" / "checkpoint-2"
+    monkeypatch.setattr(trainer, "save_file", save_file)
+    record = finetune.run(config(resume=True))
+    assert record.results["train"]["resumed_from_step"] == 2
+    assert files(out / "adapter") == ADAPTER_FILES
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_its_gain_and_its_cost(
+    config: Callable[..., finetune.Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = finetune.run(config(data="wordproblems:8", check=2, max_steps=1))
+    found = record.results["check"]
+    assert found.keys() == {"answer_loss:wordproblems", "accuracy:wordproblems", "text"}
+    for figures in found.values():
+        assert figures["low95"] <= figures["change"] <= figures["high95"] and figures["n"] == 2
+        assert figures["change"] == pytest.approx(figures["after"] - figures["before"])
+    assert found["answer_loss:wordproblems"]["better"] == "lower"
+    from mambacus.finetune_check import summary
+
+    assert len(summary(found)) == 3 and all(" -> " in line for line in summary(found))
+
+
+def test_the_verdict_follows_the_interval() -> None:
+    from mambacus.finetune_check import compare, summary
+
+    right, wrong = [[1.0]] * 20, [[0.0]] * 20
+    before = {"accuracy:x": wrong, "task:y": right, "text": [[-100.0, 20.0]] * 10}
+    found = compare(before, {**before, "accuracy:x": right, "task:y": wrong})
+    verdicts = [line.rpartition(": ")[2] for line in summary(found)]
+    assert verdicts == ["gain", "cost", "no sure change"]
+
+
+@pytest.mark.slow
+def test_a_sweep_compares_every_combination(
+    config: Callable[..., finetune.Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("method=lora|bitfit", "seed=0|1")
+    record = finetune.run(config(out=tmp_path / "grid", sweep=words, max_steps=2))
+    assert record.kind == "sweep" and record.results["axes"] == ["method", "seed"]
+    points = [(row["method"], row["seed"]) for row in record.results["runs"]]
+    assert points == [("lora", 0), ("lora", 1), ("bitfit", 0), ("bitfit", 1)]
+    for row in record.results["runs"]:
+        alone = read_record(tmp_path / "grid" / row["folder"] / "record.json")
+        assert alone.results["train"]["loss_last"] == row["loss_last"]
+    again = finetune.run(config(out=tmp_path / "grid", sweep=words, max_steps=2))
+    assert again.results["runs"] == record.results["runs"]
+    for wrong, fault in (("out=a|b", "out is the same"), ("lr=fast", "expected float"), ("methd=x", "unknown key")):
+        with pytest.raises(UserError, match=fault):
+            finetune.run(config(out=tmp_path / "other", sweep=(wrong,)))

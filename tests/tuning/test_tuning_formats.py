@@ -70,7 +70,8 @@ def test_each_turn_of_the_assistant_is_trained_on(tmp_path: Path) -> None:
     assert first.completion == "4\n"
     assert second.prompt == first.prompt + first.completion + "<|user|>\n3 + 3?\n<|assistant|>\n"
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}[{{m.role}}]{{m.content}}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    asks = "{% if add_generation_prompt %}[assistant]{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}[{{m.role}}]{{m.content}}{% endfor %}" + asks
     assert next(iterate_examples(source, tokenizer=tokenizer)).prompt == "[system]Be brief.[user]2 + 2?[assistant]"
 
 

@@ -107,6 +107,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_train_as_one_and_resume_each_other(rows: Path, tmp_path: Path) -> None:
     launch(rows, tmp_path / "one", 1)
     launch(rows, tmp_path / "two", 2)
