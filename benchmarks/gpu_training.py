@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from mambacus.measuring.timing import captured
 from mambacus.models import load
 from mambacus.runtime.records import Stopwatch, write_record
 
@@ -43,20 +44,6 @@ def step_of(kind: str, name: str, batch: int, seqlen: int) -> Callable[[], Any]:
         return prefill
     model.train()
     return train if kind == "train" else captured(train)
-
-
-def captured(step: Callable[[], Any]) -> Callable[[], Any]:
-    """Return the replay of ``step`` as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def measure(case: str, kernels: int) -> dict[str, Any]:

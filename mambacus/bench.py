@@ -61,6 +61,7 @@ class Config:
     peer_dtypes: tuple[str, ...] = opt((), "dtypes for peers (default: as --dtypes)", choices=DTYPES)
     threads: int = opt(0, "CPU threads (0: torch's default)", least=0)
     device: str = opt("cpu", "cpu or cuda")
+    graph: bool = opt(False, "train: replay our step as a CUDA graph")
     timeout: float = opt(1800.0, "seconds after which a case is given up and recorded so", above=0)
     shapes: tuple[str, ...] = opt((), "for scan: batch x d_inner x seqlen, such as 8x1536x2048 (default: by device)")
     label: str = opt("", "name of the machine or change, for reports")
@@ -87,6 +88,7 @@ def plan(config: Config) -> Iterator[Case]:
                         new_tokens=config.new_tokens if benchmark == "decode" else 0,
                         repeats=repeats, warmup=0 if repeats == 1 and not ours else config.warmup,
                         threads=config.threads, device=config.device,
+                        graph=config.graph and ours and benchmark == "train",
                     )  # fmt: skip
 
 
@@ -108,6 +110,8 @@ def run(config: Config) -> Record:
     check(config)
     claim_file(config.out, overwrite=config.overwrite)
     device = resolve_device(config.device)
+    if config.graph and (config.what != "train" or device.type != "cuda"):
+        raise UserError(f"--graph: expected with train and --device cuda, got {config.what} on {device.type}")
     if config.what == "scan":
         return _run_scan(config, watch, device)
     cases = list(plan(config))

@@ -36,6 +36,7 @@ class Case:
         warmup: uncounted runs before them.
         threads: CPU threads; 0 leaves torch's default.
         device: torch device string.
+        graph: replay the step as a CUDA graph (``train`` by ``mambacus`` on a GPU only).
     """
 
     benchmark: str
@@ -49,6 +50,7 @@ class Case:
     warmup: int = 1
     threads: int = 0
     device: str = "cpu"
+    graph: bool = False
 
     @property
     def tokens(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambacus.measuring.timing import median, time_ms
+from mambacus.measuring.timing import captured, median, time_ms
 from mambacus.ops import selective_scan
 
 STATES = 16
@@ -127,15 +127,8 @@ def eager_ms(run: Callable[[], Any], device: torch.device) -> float:
 
 def graph_ms(run: Callable[[], Any], device: torch.device) -> float:
     """Return the median time of a replay of ``run`` captured as a CUDA graph."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return eager_ms(graph.replay, device)
+    with torch.cuda.device(device):
+        return eager_ms(captured(run), device)
 
 
 def exponentials_per_second(device: torch.device) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from mambacus.measuring.cases import Case
-from mambacus.measuring.timing import median, time_ms
+from mambacus.measuring.timing import captured, median, time_ms
 from mambacus.models import load
 from mambacus.runtime.device import peak_memory_bytes, resolve_device, resolve_dtype
 
@@ -53,16 +54,18 @@ def _build(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[torch.
 def _step(case: Case, model: torch.nn.Module, input_ids: torch.Tensor) -> Callable[[], object]:
     if case.benchmark == "train":
         options = {"loss_only": True} if case.implementation == "mambacus" and input_ids.is_cuda else {}
-        return lambda: _train_step(model, input_ids, case.dtype == "mixed", options)
+        step = functools.partial(_train_step, model, input_ids, case, options)
+        return captured(step) if case.graph else step
     if case.benchmark == "prefill":
         return lambda: _prefill(model, input_ids)
     decode = _decode_mambacus if case.implementation == "mambacus" else _decode_transformers
     return decode(model, input_ids, case.new_tokens)
 
 
-def _train_step(model: torch.nn.Module, input_ids: torch.Tensor, autocast: bool, options: dict[str, bool]) -> None:
+def _train_step(model: torch.nn.Module, input_ids: torch.Tensor, case: Case, options: dict[str, bool]) -> None:
     model.zero_grad(set_to_none=True)
-    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=autocast):
+    autocast = case.dtype == "mixed"
+    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=autocast, cache_enabled=not case.graph):
         loss = model(input_ids, labels=input_ids, **options).loss
     loss.backward()
 

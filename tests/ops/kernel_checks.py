@@ -219,8 +219,9 @@ def _output_gradients(
     truth: dict[str, Tensor], dtype: torch.dtype, state_dtype: torch.dtype, with_final: bool
 ) -> tuple[Tensor, Tensor | None]:
     y, final = truth["y"], truth["final_state"]
-    grad_y = torch.randn(y.shape, device=y.device).to(dtype)
-    return grad_y, torch.randn(final.shape, device=y.device).to(state_dtype) if with_final else None
+    g = torch.Generator().manual_seed(y.numel())
+    grad_y = torch.randn(y.shape, generator=g).to(y.device, dtype)
+    return grad_y, torch.randn(final.shape, generator=g).to(y.device, state_dtype) if with_final else None
 
 
 def _add_gradients(truth: dict[str, Tensor], leaves: Tensors, grads: tuple[Tensor, Tensor | None]) -> None:

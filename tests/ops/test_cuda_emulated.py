@@ -117,7 +117,7 @@ WHOLE = 1 << 20
     ("forward", "backward"),
     [
         (scan.Plan(4, 16, 1, WHOLE), scan.Plan(4, 16, 1, WHOLE)),
-        (scan.Plan(4, 16, 1, 64), scan.Plan(4, 8, 1, 64)),
+        (scan.Plan(2, 32, 6, 64), scan.Plan(4, 8, 1, 64)),
         (scan.Plan(8, 32, 1, 32), scan.Plan(8, 16, 1, 32)),
     ],
     ids=["whole", "short tiles, segments", "eight warps, segments"],

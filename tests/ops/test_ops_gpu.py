@@ -70,7 +70,7 @@ def test_scan_without_softplus() -> None:
 
 
 @pytest.mark.parametrize(
-    "numbers", [(4, 16, 1, 64), (8, 16, 1, 128), (4, 8, 3, 64), (2, 16, 2, 192), (4, 16, 3, 192), (1, 8, 1, 192)]
+    "numbers", [(4, 16, 1, 64), (8, 16, 1, 128), (4, 8, 3, 64), (2, 32, 6, 192), (4, 16, 3, 192), (1, 8, 1, 192)]
 )
 def test_scan_launches(numbers: tuple[int, ...]) -> None:
     from mambacus.ops.selective_scan.gpu_cuda import Plan

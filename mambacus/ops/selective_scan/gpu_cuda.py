@@ -22,7 +22,8 @@ CHANNELS = 32  # of a block
 SUM_TOKENS = 128  # of a block of ``sum_tokens``
 # Blocks for each multiprocessor with which a sequence is left whole, since cut, its exponentials are computed again. A
 # cut one gives at least so many blocks, of at most so many tokens and at least so many chunks. Measured on an H100.
-_ENOUGH_FORWARD, _ENOUGH_BACKWARD = 1.3, 1.9
+_ENOUGH_FORWARD, _ENOUGH_BACKWARD = 0.65, 1.45
+_PLENTY = 3.5  # blocks for each multiprocessor from which fewer and longer warps are faster
 _SEGMENTED_BLOCKS, _LONGEST_SEGMENT, _FEWEST_CHUNKS = 4, 1024, 3
 _SOURCE = Path(__file__).with_name("scan.cu")
 _Args = nvrtc.struct(
@@ -78,9 +79,14 @@ def _multiprocessors(device: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def forward_plan(shape: tuple[int, int, int], d_state: int, chunk: int, device: int) -> Plan:
     """Return the launch of ``scan_forward`` for x of this shape."""
-    return Plan(
-        warps=4, tile=32, blocks=4 if d_state <= 16 else 1, segment=_segment(shape, chunk, device, _ENOUGH_FORWARD)
-    )
+    batch, seqlen, d_inner = shape
+    segment = _segment(shape, chunk, device, _ENOUGH_FORWARD)
+    blocks = batch * -(-d_inner // CHANNELS) * -(-seqlen // segment)
+    if d_state > 16:
+        return Plan(warps=4, tile=32, blocks=1, segment=segment)
+    if blocks >= _PLENTY * _multiprocessors(device):
+        return Plan(warps=2, tile=32, blocks=6, segment=segment)  # less work for each state, fewer warps in flight
+    return Plan(warps=4, tile=32, blocks=4, segment=segment)
 
 
 @functools.lru_cache(maxsize=1024)
