@@ -10,6 +10,6 @@ __version__ = "0.1.0.dev0"
 import os
 
 # How often a waiting OpenMP thread looks before it sleeps. By default it looks for milliseconds, which makes two
-# threads many times slower than one as soon as another program wants the cores: decoding fell from 12 to 1 tokens a second.
-# libgomp reads this when torch loads it; set the variable yourself to choose otherwise.
+# threads many times slower than one as soon as another program wants the cores: decoding fell from 12 to 1 tokens
+# a second. libgomp reads this when torch loads it; set the variable yourself to choose otherwise.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
