@@ -93,9 +93,9 @@ def _nvrtc() -> ctypes.CDLL:
 
 
 @functools.cache
-def source(path: Path) -> str:
-    """Return a CUDA source with what all share before it."""
-    return Path(__file__).with_name("common.cuh").read_text(encoding="utf-8") + path.read_text(encoding="utf-8")
+def source(*paths: Path) -> str:
+    """Return CUDA sources one after the other, with what all share before them."""
+    return "".join(path.read_text(encoding="utf-8") for path in (Path(__file__).with_name("common.cuh"), *paths))
 
 
 def struct(pointers: str, longs: str, integers: str, *, floats: str = "") -> type[ctypes.Structure]:

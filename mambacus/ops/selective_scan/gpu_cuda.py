@@ -1,4 +1,4 @@
-"""The selective scan on NVIDIA GPUs by the CUDA C++ kernels of ``scan.cu``, which NVRTC compiles at run time.
+"""The selective scan on NVIDIA GPUs by the CUDA C++ kernels of ``scan_*.cu``, which NVRTC compiles at run time.
 
 Same functions as ``gpu.py``, which chooses between these kernels and Triton's.
 """
@@ -25,7 +25,8 @@ SUM_TOKENS = 128  # of a block of ``sum_tokens``
 _ENOUGH_FORWARD, _ENOUGH_BACKWARD = 0.65, 1.45
 _PLENTY = 3.5  # blocks for each multiprocessor from which fewer and longer warps are faster
 _SEGMENTED_BLOCKS, _LONGEST_SEGMENT, _FEWEST_CHUNKS = 4, 1024, 3
-_SOURCE = Path(__file__).with_name("scan.cu")
+_SOURCE = Path(__file__).with_name("scan.cuh")
+_BODIES = {"BACKWARD": "scan_backward.cu"}  # by direction, else scan_forward.cu
 _Args = nvrtc.struct(
     "x delta B C z grad_y A D bias state seq y grad_x grad_delta grad_z grad_B grad_C end_state carry segment_steps "
     "segment_restarts chunk_states part_B part_C part_sums grad_A grad_D grad_bias",
@@ -140,7 +141,7 @@ def _launch(
     case: Case, plan: Plan, chunk: int, direction: str, kernel: str, has_state: bool, has_initial: bool,
     has_carry: bool, save: bool,
 ) -> Launch:  # fmt: skip
-    """Return the launch of one kernel; the last four are macros of ``scan.cu``."""
+    """Return the launch of one kernel; the last four are macros of ``scan.cuh``."""
     batch, seqlen, d_inner = case.x.shape
     d_state, n_chunks, blocks = case.B.shape[2], -(-seqlen // chunk), -(-d_inner // CHANNELS)
     n_segments = -(-seqlen // plan.segment)
@@ -172,7 +173,8 @@ def _launch(
         "sum_rows": ((-(-d_inner // 32), d_state + 2, 1), 256),
     }[kernel]
     shared = backward_shared_bytes(plan, chunk, d_state) if kernel == "scan_backward" else 0
-    program = Program(nvrtc.source(_SOURCE), (direction, *macros), case.device)
+    body = _SOURCE.with_name(_BODIES.get(direction, "scan_forward.cu"))
+    program = Program(nvrtc.source(_SOURCE, body), (direction, *macros), case.device)
     return Launch.of(program, kernel, grid, threads, _Args, numbers, shared)
 
 
