@@ -97,8 +97,15 @@ class MambaState:
             torch.cat([state.tokens for state in states]),
         )
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MambaState:
-        """Return the state on ``device``, with ``conv_state`` in ``dtype``; ``ssm_state`` stays float32."""
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> MambaState:
+        """Return the state on ``device``, with ``conv_state`` in ``dtype``; ``ssm_state`` stays float32.
+
+        Either may come first, as in torch: ``state.to("cuda")``, ``state.to(torch.bfloat16)``.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         return MambaState(
             self.conv_state.to(device=device, dtype=dtype), self.ssm_state.to(device), self.tokens.to(device)
         )

@@ -16,5 +16,5 @@ class UserError(Exception):
 
 def suggest(wrong: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'a' or 'b'?"`` for near misses of ``wrong`` among ``known``, else an empty string."""
-    near = difflib.get_close_matches(wrong, list(known), n=2)
+    near = difflib.get_close_matches(wrong, list(dict.fromkeys(known)), n=2)
     return f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""

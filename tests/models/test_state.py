@@ -92,6 +92,7 @@ def test_to_casts_the_convolution_only() -> None:
     assert state.conv_state.dtype == torch.bfloat16
     assert state.ssm_state.dtype == torch.float32 and state.tokens.dtype == torch.int64
     assert state.to("meta").ssm_state.is_meta
+    assert some_state().to(torch.bfloat16).conv_state.dtype == torch.bfloat16
 
 
 def test_detach_cuts_the_graph() -> None:
