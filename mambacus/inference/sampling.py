@@ -110,18 +110,40 @@ def choose_tokens(logits: Tensor, params: SamplingParams, draws: Tensor | None, 
         highest, token = logits.max(-1)  # NaN counts as the highest
         return token.masked_fill(highest.isnan(), -1)
     assert draws is not None
-    probabilities = torch.softmax(logits / params.temperature, dim=-1)
-    order = None
+    scaled = logits / params.temperature
     if params.top_k or params.top_p < 1 or params.min_p > 0:
         k = min(params.top_k or logits.shape[-1], logits.shape[-1])
-        probabilities, order = probabilities.topk(k, dim=-1)  # likeliest first
-        probabilities = _truncate(probabilities, params)
-    cumulative = probabilities.double().cumsum(-1)
-    points = draws[:, None] * cumulative[:, -1:]
-    # The first token whose cumulative probability exceeds the point: never one of probability 0.
-    place = torch.searchsorted(cumulative, points, right=True).clamp(max=cumulative.shape[-1] - 1)
-    token = (place if order is None else order.gather(-1, place)).squeeze(-1)
-    return token.masked_fill(cumulative[:, -1].isnan(), -1)
+        probabilities, tokens = torch.softmax(scaled, dim=-1).topk(k, dim=-1)  # likeliest first
+        highest, place = (_truncate(probabilities, params).log() + _noise(draws, tokens)).max(-1)
+        token = tokens.gather(-1, place[:, None]).squeeze(-1)
+    else:
+        highest, token = (scaled + _noise(draws, torch.arange(logits.shape[-1], device=logits.device))).max(-1)
+    return token.masked_fill(highest.isnan() | (highest == -torch.inf), -1)
+
+
+def _noise(draws: Tensor, tokens: Tensor) -> Tensor:
+    """Return standard Gumbel noise for each row and token: who has the highest log-probability plus noise is drawn.
+
+    Drawn so, a token changes with the rounding of the logits only where two are tied to rounding. Where it is looked
+    up by a number in the cumulative distribution it changes wherever one of thousands of borders moves past that
+    number: measured on `tiny`, 250 in a million draws for logits that differ by 3e-6, here none in 20,000.
+
+    Args:
+        draws: float64 (rows,) in [0, 1), of which 32 bits count.
+        tokens: int64 (k,) or (rows, k), token ids; the noise depends on draw and id alone.
+
+    Returns:
+        float32 (rows, k), from -2.9 to 17.4: Murmur3's finaliser of draw and id, 24 bits of it as -log(-log(u)).
+    """
+    seeds = (draws * 2.0**32).to(torch.int64).sub_(2**31).to(torch.int32)
+    bits = tokens.to(torch.int32) * -1640531527 + seeds[:, None]  # wraps around, as all that follows
+    bits ^= (bits >> 16) & 0xFFFF
+    bits *= -2048144789
+    bits ^= (bits >> 13) & 0x7FFFF
+    bits *= -1028477387
+    bits ^= (bits >> 16) & 0xFFFF
+    u = ((bits >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24).clamp_(max=1 - 2.0**-24)
+    return u.neg_().log1p_().neg_().log_().neg_()
 
 
 def _truncate(probabilities: Tensor, params: SamplingParams) -> Tensor:
