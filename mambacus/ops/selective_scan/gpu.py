@@ -15,14 +15,10 @@ from torch.autograd.function import once_differentiable
 from mambacus.ops.halves import Place, gradient_place
 from mambacus.ops.nvrtc import choose_kernels, on_device
 from mambacus.ops.selective_scan import gpu_cuda
+from mambacus.ops.selective_scan.gpu_cuda import chunk_length
 
 if TYPE_CHECKING:
     from mambacus.ops.selective_scan import gpu_triton
-
-
-def chunk_length(d_state: int) -> int:
-    """Return the number of tokens between two saved states: 64, or more for more than 64 states."""
-    return max(64, 1 << (d_state - 1).bit_length())
 
 
 def implementation(x: Tensor, d_state: int, *others: Tensor | None) -> tuple[str, str]:

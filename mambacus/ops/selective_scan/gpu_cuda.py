@@ -35,6 +35,11 @@ _Args = nvrtc.struct(
 )
 
 
+def chunk_length(d_state: int) -> int:
+    """Return the number of tokens between two saved states, for Triton too: 64, or more for more than 64 states."""
+    return max(64, 1 << (d_state - 1).bit_length())
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How a kernel is compiled and launched.

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from mambacus.ops.selective_scan import gpu_triton_kernels as kernels
-from mambacus.ops.selective_scan.gpu import chunk_length
+from mambacus.ops.selective_scan.gpu_cuda import chunk_length
 
 # Warps a multiprocessor should get: with fewer than the first number the sequence is cut, into enough segments for the
 # second (measured on an H100: three rounds of short programs beat one round of long ones)
