@@ -166,7 +166,12 @@ def _print_scan(rows: list[dict[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run from the command line and print one row per case."""
+    """Run from the command line and print one row per case; ``generation`` takes flags of its own."""
+    if argv[:1] == ["generation"]:
+        from mambacus.bench_generation import main as generation
+
+        generation(argv[1:])
+        return
     config = parse(Config, argv, "mambacus bench", __doc__.splitlines()[0])
     record = run(config)
     if config.what == "scan":
