@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from mambacus.models.costs import Costs
 
 # Shares of a large matrix product's speed that a model reaches.
-READING = {"cpu": 0.7, "cuda": 0.35}
-TRAINING = {"cpu": 0.5, "cuda": 0.25}
+READING = {"cpu": 0.7, "cuda": 0.5}
+TRAINING = {"cpu": 0.5, "cuda": 0.35}
 DECODING = {"cpu": 0.4, "cuda": 0.2}
 STREAMING = 0.5  # share of the copy's bytes a second at which weights are read for each generated token
 # Small operations that one layer starts in one pass: ours on a GPU replays them as a graph when it generates.

@@ -227,6 +227,9 @@ class _Planner:
             raise UserError(f"{where}: missing key {', '.join(map(repr, missing))}")
         config = config_class(**checked)
         check(config, where=where)
+        other = next((step.label for step in self.steps if step.record == record and step.verb == verb), None)
+        if other is not None:
+            raise UserError(f"{where}: {record} would be that of {other} too; choose labels that differ as file names")
         self.steps.append(Step(stage, verb, label, config, record, needs))
 
 
