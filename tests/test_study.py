@@ -238,6 +238,22 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsy
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_estimates_every_step_and_shows_what_finished_ones_took(stubs, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run_study(recipe, tmp_path / "s") == 0
+    steps = read_record(tmp_path / "s" / "study.json").results["steps"]
+    assert all(step["estimate"]["seconds"] > 0 and step["seconds"] == 0 for step in steps)
+    assert run_study(recipe, tmp_path / "s", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "Estimated for this machine (CPU" in out and "took" in out and "An estimate" in out
+    assert run_study(recipe, tmp_path / "t", "--dry-run", "--models", "nobody/unknown") == 0
+    out = capsys.readouterr().out
+    assert "unknown: shape of nobody/unknown" in out and "without what is unknown" in out
+    assert run_study(recipe, tmp_path / "t", "--dry-run", "--models", "./nowhere") == 2
+    assert "model './nowhere': no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
 def test_a_plan_is_laid_out_without_torch():
     code = (
         "import sys; from mambacus.study import Config, prepare; import mambacus.study_estimate; "

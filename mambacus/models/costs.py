@@ -176,7 +176,7 @@ def costs_of(name: str) -> Costs | None:
     from huggingface_hub import try_to_load_from_cache
 
     from mambacus.models.checkpoint import CONFIG_FILE, config_file
-    from mambacus.models.registry import RANDOM_SIZES, resolve
+    from mambacus.models.registry import RANDOM_SIZES, is_hub_id, resolve
     from mambacus.runtime.records import read_json
 
     if name in PUBLISHED:
@@ -184,7 +184,8 @@ def costs_of(name: str) -> Costs | None:
     size = name.removeprefix(_MAMBA_HUB).removesuffix("-hf")
     if name.startswith(_MAMBA_HUB) and size in RANDOM_SIZES:
         return mamba_costs(RANDOM_SIZES[size])
-    if is_hub_id(name):
+    local = name == "tiny" or name.startswith("random:") or Path(name).expanduser().exists()
+    if not local and is_hub_id(name):
         cached = try_to_load_from_cache(name, CONFIG_FILE)
         if not isinstance(cached, str):
             return None
@@ -200,8 +201,3 @@ def _from_json(values: dict[str, Any], where: str) -> Costs | None:
     if values.get("model_type", "mamba") == "mamba":
         return mamba_costs(MambaConfig.from_json(values, where))
     return transformer_costs(values, where) if values["model_type"] in FAMILIES else None
-
-
-def is_hub_id(name: str) -> bool:
-    """Return whether a name can only be a model of the hub."""
-    return name != "tiny" and not name.startswith("random:") and not Path(name).expanduser().exists()

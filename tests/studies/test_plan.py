@@ -115,6 +115,12 @@ def test_faults_in_settings_are_found_before_anything_runs(changes, words):
         plan_of(dataclasses.replace(RECIPE, **changes))
 
 
+def test_labels_that_would_share_a_record_are_refused():
+    twins = dataclasses.replace(RECIPE, models=(ModelEntry("a/b", "tiny"), ModelEntry("a-b", "tiny", "baseline")))
+    with pytest.raises(UserError, match=r"evaluate of a-b: runs/x/evaluate/a-b.json would be that of a/b too"):
+        plan_of(twins)
+
+
 def test_generation_is_measured_with_every_model_of_the_recipe():
     recipe = dataclasses.replace(RECIPE, generation={"prompts": "wordproblems", "limit": 5})
     steps = [step for step in plan_of(recipe).steps if step.verb == "bench generation"]
