@@ -134,6 +134,17 @@ def test_words():
     assert [token_factor(*each) for each in (("random:tiny", 4096), ("tiny", 4096), ("x", 50280))] == [4.3, 1.35, 1.0]
 
 
+def test_the_demo_took_about_what_is_estimated_for_its_machine():
+    # two cores with 105 GFLOP/s; records of the demo that the repository keeps
+    folder = max((Path(__file__).parents[2] / "benchmarks").glob("cpu-demo-*"))
+    plan = plan_of("demo")
+    for step, guess in zip(plan.steps, estimates_of(plan), strict=False):
+        name = {"finetune": "finetune", "merge": "merge", "solve tiny+lora (attached)": "solve-tiny+lora-attached"}
+        place = name.get(step.verb) or name.get(f"{step.verb} {step.label}") or f"{step.verb}-{step.label}"
+        seconds = read_record(folder / f"{place}.json").seconds
+        assert seconds / 2 <= guess.seconds <= 2 * seconds, f"{step.name}: {guess.seconds}, took {seconds}"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="no data folder")
 @pytest.mark.timeout(1200)
