@@ -37,7 +37,8 @@ class Config:
     """Flags of ``mambacus bench``."""
 
     what: str = opt(
-        help="train (forward and backward) | decode (prefill and one-token steps) | prefill | scan (that op alone)",
+        help="train (forward and backward) | decode (prefill and one-token steps) | prefill | scan (that op alone); "
+        "generation, of a named model, has flags of its own: mambacus bench generation --help",
         choices=tuple(WHAT),
         positional=True,
     )

@@ -104,7 +104,7 @@ def run(config: Config) -> Record:
 def check_inputs(recipe: Recipe, plan: Plan) -> None:
     """Find now what would stop the study after hours: a model, device, method or data that cannot be had.
 
-    Weights are not fetched and tasks not looked up: the first step does that.
+    Weights are not fetched, and tasks looked up only where a data folder names them all: the first step does the rest.
 
     Raises:
         UserError: naming the model or the stage.
@@ -128,7 +128,8 @@ def check_inputs(recipe: Recipe, plan: Plan) -> None:
 
 
 def _check_step(step: Step, read: set[tuple[Any, ...]]) -> None:
-    """Check what `check_inputs` promises of one step; ``read`` holds the training data that were read already."""
+    """Check what `check_inputs` promises of one step; ``read`` holds the data and task names that were seen already."""
+    from mambacus.evals.catalogue import check_local_names
     from mambacus.evals.math import check_bench
     from mambacus.runtime.device import resolve_device
     from mambacus.tuning.data import read_examples
@@ -140,6 +141,9 @@ def _check_step(step: Step, read: set[tuple[Any, ...]]) -> None:
     if step.verb == "solve":
         for bench in settings.bench:
             check_bench(bench, settings.data_dir)
+    if step.verb == "evaluate" and settings.data_dir is not None and ("tasks", settings.tasks) not in read:
+        check_local_names(settings.tasks, settings.data_dir)
+        read.add(("tasks", settings.tasks))
     if step.verb == "bench generation":
         check_bench(settings.prompts, settings.data_dir)
     if step.verb == "finetune":

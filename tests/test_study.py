@@ -276,6 +276,11 @@ def test_a_plan_is_laid_out_without_torch():
         (("wordproblems:10", "gone.jsonl"), [], "cannot read gone.jsonl"),
         (("[wordproblems]", "[gsm8k]"), [], "stage baseline: solve m: --data-dir: missing"),
         (("[wordproblems]", "[gsm8k]"), ["--data-dir", "{empty}"], "expected a file"),
+        (
+            ("[text_sample]", "[text_sampel]"),
+            ["--data-dir", "{empty}"],
+            "evaluate m: --tasks: unknown task 'text_sampel'; did",
+        ),
     ],
 )
 def test_what_would_stop_it_after_hours_is_found_first(tmp_path, monkeypatch, capsys, change, flags, words):

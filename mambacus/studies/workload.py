@@ -228,7 +228,7 @@ def _training(config: Any, factor: float) -> Work:
     pack = config.pack_length if config.pack_length > 0 else max(2048, config.max_length)
     held = min(batch * tokens / config.grad_accum, max(pack, batch * tokens / config.grad_accum))
     return Work(
-        trained=steps * batch * tokens, train_steps=steps * config.grad_accum, documents=rows, prepared=rows,
+        trained=steps * batch * tokens, train_steps=steps * config.grad_accum, prepared=rows,
         longest=min(pack, held), rows=max(1.0, held / pack),
     )  # fmt: skip
 
