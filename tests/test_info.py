@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mambacus.cli import main
-from mambacus.info import count_flops, count_parameters
 from mambacus.models import load, load_config
+from mambacus.models.counting import count_flops, count_parameters
 from mambacus.runtime.records import read_record
 
 
