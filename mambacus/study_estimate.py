@@ -30,6 +30,7 @@ def estimate(plan: Plan) -> tuple[list[Estimate], str]:
     from mambacus.runtime.device import resolve_device
     from mambacus.studies.estimate import Speed, dtype_of, estimate_plan, source_of, sources_of
 
+    plan = filled(plan)
     wanted = next((step.config.device for step in plan.steps if hasattr(step.config, "device")), "auto")
     there = torch.cuda.is_available() or not wanted.startswith("cuda")
     device = resolve_device(wanted if there else "cpu")
@@ -43,6 +44,16 @@ def estimate(plan: Plan) -> tuple[list[Estimate], str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     where = f"Estimated for this machine ({name})" + ("" if there else f", which has no {wanted}")
     return estimate_plan(plan, costs, Speed(device.type, figures)), where
+
+
+def filled(plan: Plan) -> Plan:
+    """Return ``plan`` with what benchmarks leave open decided, for devices that need not be here."""
+    from mambacus.bench_plan import fill
+
+    steps = tuple(
+        dataclasses.replace(step, config=fill(step.config)) if step.verb == "bench" else step for step in plan.steps
+    )
+    return dataclasses.replace(plan, steps=steps)
 
 
 def rows(plan: Plan, estimates: Sequence[Estimate]) -> list[tuple[str, ...]]:

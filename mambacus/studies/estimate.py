@@ -30,7 +30,8 @@ PREPARED = 0.0003  # seconds to load one row and make a document of it
 FIRST_STEP = 12.0  # seconds: imports, and kernels compiled or read from their cache
 EVERY_STEP = 0.5
 LOADING = 1e9  # bytes of weights read and placed a second
-PEER_FACTOR = 6.0  # how much longer a peer's side of a benchmark takes
+PEER_FACTORS = {"mambacus": 1.0, "transformers": 6.0}  # a side's time in ours: transformers' Mamba is a loop
+OTHER_PEER = 1.5
 BENCH_PROCESS = 8.0  # seconds: each case of a benchmark is a process of its own
 BACKWARD = {"adapter": 2.2, "full": 3.0}  # forward and backward in forward passes; the scan's states are computed again
 REPORT_SECONDS = (3.0, 0.5)  # a page with its figures, and for each model on it
@@ -145,9 +146,12 @@ def estimate_step(step: Step, work: Work, shape: Costs, speed: Speed) -> Estimat
     flops = (work.read + work.generated) * forward + work.trained * forward * backward
     seconds = _seconds(step, work, shape, speed, forward, backward, weights)
     if step.verb == "bench":
-        peers = len(step.config.implementations) - 1
-        cases = len(step.config.dtypes) * len(step.config.batches) * (2 if step.config.what == "decode" else 1)
-        seconds = seconds * (1 + PEER_FACTOR * peers) + BENCH_PROCESS * cases * (1 + peers)
+        sides = step.config.implementations
+        cases = len(step.config.dtypes) * len(step.config.batches) * len(step.config.modes)
+        cases *= {"decode": 3, "lengths": 3 * len(step.config.seqlens)}.get(step.config.what, 1)
+        seconds = seconds * sum(PEER_FACTORS.get(name, OTHER_PEER) for name in sides) + BENCH_PROCESS * cases * len(
+            sides
+        )
     return Estimate(work.tokens, flops, seconds, _memory(step, work, shape, speed, weights, size))
 
 

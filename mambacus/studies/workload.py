@@ -256,18 +256,20 @@ def _generation(config: Any, factor: float) -> Work:
 
 
 def _benchmark(config: Any) -> Work:
-    """Return our side of a prefill, decode or training benchmark; peers are slower, see `estimate.PEER_FACTOR`."""
-    if config.what not in ("train", "decode", "prefill"):
-        return Work(unknown=f"bench {config.what} is not estimated")
-    runs = (config.repeats + config.warmup) * len(config.dtypes)
-    rows = sum(config.batches)
-    seen = runs * rows * config.seqlen
-    if config.what == "train":
-        return Work(trained=seen, train_steps=runs, longest=config.seqlen, rows=max(config.batches))
-    decoded = config.what == "decode"
+    """Return our side of a benchmark that is filled in; peers are slower, see `estimate.PEER_FACTORS`."""
+    if config.what == "scan":
+        return Work(unknown="bench scan is not estimated")
+    passes = (config.repeats + config.warmup) * len(config.dtypes) * len(config.modes) * len(config.batches)
+    lengths = config.prompts if config.what == "decode" else config.seqlens
+    mean_batch = sum(config.batches) / len(config.batches)
+    seen = passes * mean_batch * sum(lengths)
+    trains, decodes = config.what in ("train", "lengths"), config.what in ("decode", "lengths")
+    steps = passes * len(lengths) * sum(config.new_tokens) if decodes else 0.0
+    if config.what == "decode":  # one-token steps alone, and whole answers
+        steps, seen = 2 * steps, 2 * seen
     return Work(
-        read=seen, passes=runs * len(config.batches),
-        generated=runs * rows * config.new_tokens if decoded else 0.0,
-        decode_steps=runs * len(config.batches) * config.new_tokens if decoded else 0.0,
-        longest=config.seqlen, rows=max(config.batches),
+        read=0.0 if config.what == "train" else seen, passes=0.0 if config.what == "train" else passes * len(lengths),
+        generated=steps * mean_batch, decode_steps=steps,
+        trained=seen if trains else 0.0, train_steps=passes * len(lengths) if trains else 0.0,
+        longest=max(lengths), rows=max(config.batches),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from mambacus.runtime.records import read_record
 from mambacus.studies.estimate import Estimate, Speed, estimate_plan, source_of, sources_of
 from mambacus.studies.plan import Plan
 from mambacus.studies.workload import BENCHES, TASKS, count_rows, token_factor, work_of
-from mambacus.study_estimate import count_text, rows, seconds_text
+from mambacus.study_estimate import count_text, filled, rows, seconds_text
 
 DATA = Path(os.environ.get("MAMBACUS_DATA_DIR", "../shared/data"))
 FIGURES = {"copy": 3e10, "call_seconds": 5e-6}
@@ -29,6 +29,7 @@ def plan_of(recipe: str, **settings: object) -> Plan:
 
 
 def estimates_of(plan: Plan, factor: float = 1.0) -> list[Estimate]:
+    plan = filled(plan)
     made = sources_of(plan)
     costs = {source_of(step, made): costs_of(source_of(step, made)) for step in plan.steps}
     figures = {name: value / factor if name == "call_seconds" else value * factor for name, value in FIGURES.items()}
