@@ -1,4 +1,4 @@
-"""``mambacus bench train|decode|scan``: speed and memory side by side with peers, into one JSON record.
+"""``mambacus bench train|decode|prefill|lengths|scan``: speed and memory side by side with peers, into one JSON record.
 
 Every case runs in a process of its own, implementations alternate, and the record keeps every sample and the machine's
 ceilings measured in the same run.
@@ -7,10 +7,13 @@ ceilings measured in the same run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mambacus.bench_plan import WHAT, fill, plan
+from mambacus.measuring.cases import DTYPES, IMPLEMENTATIONS, LOGITS, METHODS
+from mambacus.measuring.shapes import MATCHED
 from mambacus.runtime.config import check, opt, parse
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.outputs import claim_file
@@ -20,39 +23,46 @@ if TYPE_CHECKING:
     import torch
 
     from mambacus.measuring.cases import Case
+    from mambacus.measuring.journal import RowJournal
 
-WHAT: dict[str, tuple[str, ...]] = {
-    "train": ("train",),
-    "decode": ("prefill", "decode"),
-    "prefill": ("prefill",),
-    "scan": (),
-}
-SIZES = ("micro", "tiny", "130m", "370m", "790m", "1.4b", "2.8b")
-DTYPES = ("float32", "bfloat16", "float16", "mixed")
+SIZES = tuple(MATCHED)
+MODES = ("eager", "graph")
 CPU_SHAPES = ((1, 1536, 1024), (1, 1536, 4096), (4, 1536, 512))  # of the scan alone: batch, d_inner, seqlen
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of ``mambacus bench``."""
+    """Flags of ``mambacus bench``; what is left open is decided by the kind and the device (docs/benchmarks.md)."""
 
     what: str = opt(
-        help="train (forward and backward) | decode (prefill and one-token steps) | prefill | scan (that op alone)",
+        help="train (forward and backward) | decode (prompts, one-token steps, both) | prefill | "
+        "lengths (all three over sequence length, with cross-overs) | scan (that op alone); "
+        "generation, of a named model, has flags of its own: mambacus bench generation --help",
         choices=tuple(WHAT),
         positional=True,
     )
     out: Path = opt(help="the JSON record to write", metavar="FILE.json")
-    model: str = opt("130m", "published shape with random weights", choices=SIZES)
+    model: str | None = opt(None, "published Mamba shape with random weights (default: 130m)", choices=SIZES)
     implementations: tuple[str, ...] = opt(
-        ("mambacus", "transformers"), "who is measured", choices=("mambacus", "transformers")
+        (),
+        "who is measured: mambacus, transformers (its Mamba), llama.cpp (its Mamba), or Transformers by their shape, "
+        "such as pythia-160m (default: mambacus,transformers; lengths: mambacus and the Transformer of its size)",
+        choices=IMPLEMENTATIONS,
+        metavar="NAME,...",
     )
     dtypes: tuple[str, ...] = opt(
-        ("float32",), "float32, bfloat16, float16, mixed (float32 weights, bfloat16 autocast)", choices=DTYPES
+        (), "float32, bfloat16, float16, mixed (float32 weights, bfloat16 autocast), int8, int4", choices=DTYPES
     )
     batches: tuple[int, ...] = opt((1,), "rows", least=1)
-    seqlen: int = opt(1024, "tokens a row for prefill and train", least=1)
-    prompt: int = opt(16, "prompt tokens before decoding", least=1)
-    new_tokens: int = opt(32, "one-token steps in decoding", least=1)
+    seqlens: tuple[int, ...] = opt((), "tokens a row for prefill, train and lengths", least=1)
+    prompts: tuple[int, ...] = opt((16,), "for decode: prompt tokens a row", least=1)
+    new_tokens: tuple[int, ...] = opt((), "for decode and lengths: one-token steps", least=1)
+    samples: int = opt(0, "for decode: also time so many completions of one prompt", least=0)
+    method: str = opt("full", "for train: the whole model, or lora of rank 16", choices=METHODS)
+    logits: str = opt("last", "for prefill: logits of the last token, as generation needs, or of all", choices=LOGITS)
+    modes: tuple[str, ...] = opt(
+        (), "on a GPU: eager, graph (ours: CUDA graphs; transformers: torch.compile, static cache)", choices=MODES
+    )
     repeats: int = opt(3, "counted runs of each case", least=1)
     warmup: int = opt(1, "uncounted runs before them", least=0)
     peer_repeats: int = opt(
@@ -61,48 +71,27 @@ class Config:
     peer_dtypes: tuple[str, ...] = opt((), "dtypes for peers (default: as --dtypes)", choices=DTYPES)
     threads: int = opt(0, "CPU threads (0: torch's default)", least=0)
     device: str = opt("cpu", "cpu or cuda")
-    graph: bool = opt(False, "train: replay our step as a CUDA graph")
     timeout: float = opt(1800.0, "seconds after which a case is given up and recorded so", above=0)
     shapes: tuple[str, ...] = opt((), "for scan: batch x d_inner x seqlen, such as 8x1536x2048 (default: by device)")
     label: str = opt("", "name of the machine or change, for reports")
+    resume: bool = opt(False, "go on with the rows of a run that was stopped")
     overwrite: bool = opt(False, "replace an existing record")
-
-
-def plan(config: Config) -> Iterator[Case]:
-    """Yield the cases in the order they run: implementations alternate within a shape."""
-    from mambacus.measuring.cases import Case
-
-    check(config)
-    dtypes = [*config.dtypes, *(name for name in config.peer_dtypes if name not in config.dtypes)]
-    for benchmark in WHAT[config.what]:
-        for dtype in dtypes:
-            for batch in config.batches:
-                for name in config.implementations:
-                    ours = name == "mambacus"
-                    if dtype not in (config.dtypes if ours else config.peer_dtypes or config.dtypes):
-                        continue
-                    repeats = config.repeats if ours or not config.peer_repeats else config.peer_repeats
-                    yield Case(
-                        benchmark, name, config.model, dtype, batch,
-                        seqlen=config.prompt if benchmark == "decode" else config.seqlen,
-                        new_tokens=config.new_tokens if benchmark == "decode" else 0,
-                        repeats=repeats, warmup=0 if repeats == 1 and not ours else config.warmup,
-                        threads=config.threads, device=config.device,
-                        graph=config.graph and ours and benchmark == "train",
-                    )  # fmt: skip
 
 
 def run(config: Config) -> Record:
     """Measure every case of `plan` and write the record.
 
-    Raises:
-        UserError: a setting out of range, an existing record, or a case that failed for another reason than memory or
-            time.
-    """
-    from rich.console import Console
-    from rich.progress import Progress
+    ``results``: ``rows`` (the fields of a case, the figures of `mambacus.measuring.worker.measure`, ``least_ms`` and
+    ``of_least``; or ``error``), ``ceilings`` of this machine, and for ``lengths`` ``crossovers``. Finished rows lie in
+    ``<record>.rows.jsonl`` until the record is written.
 
-    from mambacus.measuring.cases import measure
+    Raises:
+        UserError: a setting out of range, an existing record, a package that is not there, or a case that failed for
+            another reason than memory or time.
+    """
+    from mambacus.measuring.crossovers import crossovers
+    from mambacus.measuring.journal import RowJournal, journal_path
+    from mambacus.measuring.sides import require
     from mambacus.measuring.timing import ceilings
     from mambacus.runtime.device import resolve_device
 
@@ -110,21 +99,46 @@ def run(config: Config) -> Record:
     check(config)
     claim_file(config.out, overwrite=config.overwrite)
     device = resolve_device(config.device)
-    if config.graph and (config.what != "train" or device.type != "cuda"):
-        raise UserError(f"--graph: expected with train and --device cuda, got {config.what} on {device.type}")
+    config = fill(config)
     if config.what == "scan":
         return _run_scan(config, watch, device)
-    cases = list(plan(config))
+    require(config.implementations)
+    journal = RowJournal(journal_path(config.out), resume=config.resume, overwrite=config.overwrite)
+    limits = ceilings(device)
+    results: dict[str, Any] = {"rows": _measure_all(list(plan(config)), config.timeout, journal, limits)}
+    results["ceilings"] = limits
+    if config.what == "lengths":
+        results["crossovers"] = crossovers(results["rows"])
+    record = watch.record("bench", config.label or config.model or "", config, results)
+    write_record(config.out, record)
+    journal.remove()
+    return record
+
+
+def _measure_all(
+    cases: Sequence[Case], timeout: float, journal: RowJournal, limits: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Return the row of every case, measured or from the journal, showing each as it comes."""
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    from mambacus.measuring.cases import measure
+    from mambacus.measuring.costs import with_limits
+
     rows = []
-    with Progress(console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("bench", total=len(cases))
         for case in cases:
             progress.update(task, description=case.title)
-            rows.append(measure(case, config.timeout))
+            row = journal.find(case)
+            if row is None:
+                row = with_limits(measure(case, timeout), limits)
+                journal.add(case, row)
+            rows.append(row)
+            progress.console.print(_line(case, row), highlight=False, markup=False, soft_wrap=True)
             progress.advance(task)
-    record = watch.record("bench", config.label or config.model, config, {"rows": rows, "ceilings": ceilings(device)})
-    write_record(config.out, record)
-    return record
+    return rows
 
 
 def _run_scan(config: Config, watch: Stopwatch, device: torch.device) -> Record:
@@ -165,19 +179,38 @@ def _print_scan(rows: list[dict[str, Any]]) -> None:
               f"{row['both_ms']:9.3f} ms  worst error {max(row['errors'].values()):.1e}{ratios}")  # fmt: skip
 
 
+def _line(case: Case, row: dict[str, Any]) -> str:
+    """Return one row for a terminal."""
+    figures = row.get("error")
+    if not figures:
+        gib = row["peak_memory_bytes"] / 2**30
+        figures = f"{row['tokens_per_second']:10.1f} tok/s  {row['median_ms']:10.1f} ms  {gib:6.2f} GiB"
+    mode = f"{case.method if case.method != 'full' else ''} {'graph' if case.graph else ''}".strip()
+    return f"{case.benchmark:8} {case.dtype:9} {case.shape:16} {mode:6} {case.implementation:13} {figures}"
+
+
 def main(argv: Sequence[str]) -> None:
-    """Run from the command line and print one row per case."""
+    """Run from the command line and print one row per case; ``generation`` takes flags of its own."""
+    if argv[:1] == ["generation"]:
+        from mambacus.bench_generation import main as generation
+
+        generation(argv[1:])
+        return
+    from mambacus.measuring.cases import Case
+
     config = parse(Config, argv, "mambacus bench", __doc__.splitlines()[0])
     record = run(config)
     if config.what == "scan":
         _print_scan(record.results["rows"])
         print(f"record: {config.out}")
         return
+    fields = [field.name for field in dataclasses.fields(Case)]
     for row in record.results["rows"]:
-        shape = f"{row['batch']} x {row['seqlen']}" + (f" + {row['new_tokens']}" if row["new_tokens"] else "")
-        figures = row.get("error")
-        if not figures:
-            gib = row["peak_memory_bytes"] / 2**30
-            figures = f"{row['tokens_per_second']:10.1f} tok/s  {row['median_ms']:10.1f} ms  {gib:6.2f} GiB"
-        print(f"{row['benchmark']:8} {row['dtype']:9} {shape:14} {row['implementation']:13} {figures}")
+        print(_line(Case(**{name: row[name] for name in fields}), row))
+    for entry in record.results.get("crossovers", ()):
+        where = "no cross-over" if entry["seqlen"] is None else f"cross-over at {entry['seqlen']:,.0f} tokens"
+        print(
+            f"{entry['benchmark']:8} {entry['dtype']:9} batch {entry['batch']}: {entry['metric']}: {where}: "
+            f"{entry['note']}"
+        )
     print(f"record: {config.out}")

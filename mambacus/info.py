@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from mambacus.runtime.outputs import claim_file
 from mambacus.runtime.records import Record, Stopwatch, write_record
 
 if TYPE_CHECKING:
-    from mambacus.models import MambaConfig
+    import torch
+
+    from mambacus.models.costs import Costs
 
 _OPS = ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update")
 _DTYPES = {"float32": 4, "bfloat16": 2}
@@ -25,6 +28,7 @@ class Config:
     model: str = opt(help="tiny, a folder, a hub id or random:SIZE", positional=True, metavar="MODEL")
     device: str = opt("auto", help="device to choose kernels for: auto, cpu, cuda or cuda:N")
     out: Path | None = opt(None, help="write the record here", metavar="FILE.json")
+    json: bool = opt(False, help="print the description as JSON")
     overwrite: bool = opt(False, help="replace an existing record")
 
 
@@ -32,24 +36,41 @@ def run(config: Config) -> Record:
     """Describe a model from its configuration; no weights are read.
 
     ``results``: ``parameters`` by part with ``total``; ``weight_bytes`` and ``state_bytes`` (one sequence) by dtype;
-    ``flops_per_token`` by part with ``total``; ``backends``, for each op its ``name`` and ``reason``; ``config``.
+    ``flops_per_token`` by part with ``total``; ``backends``, for each op its ``name`` and ``reason``; ``kernels``, what
+    they are on this device; ``config``. Of a Transformer (GPT-NeoX, OPT, GPT-Neo, GPT-2): ``cache_bytes`` (keys
+    and values of one token) by dtype and ``context_flops`` (for each position that a token attends to) in place of
+    ``state_bytes``, and no ``backends``.
 
     Raises:
-        UserError: no such model, not a Mamba-1 model, or an existing record.
+        UserError: no such model, an architecture that is neither, or an existing record.
     """
-    watch = Stopwatch()
-    from mambacus.models import MambaState, load_config
-    from mambacus.ops.dispatch import choose_backend
-    from mambacus.runtime.device import DTYPES, resolve_device
+    from mambacus.models.costs import costs_of
+    from mambacus.runtime.device import resolve_device
 
+    watch = Stopwatch()
     if config.out:
         claim_file(config.out, overwrite=config.overwrite)
     device = resolve_device(config.device)
-    shape = load_config(config.model)
+    costs = costs_of(config.model)
+    transformer = costs is not None and costs.family != "mamba"
+    results = _transformer(costs, device) if costs and transformer else _mamba(config.model, device)
+    record = watch.record("info", config.model, config, results)
+    if config.out:
+        write_record(config.out, record)
+    return record
+
+
+def _mamba(name: str, device: torch.device) -> dict[str, Any]:
+    from mambacus.models import MambaState, load_config
+    from mambacus.models.counting import count_flops, count_parameters
+    from mambacus.ops.dispatch import choose_backend
+    from mambacus.runtime.device import DTYPES
+
+    shape = load_config(name)
     choices = {op: choose_backend(op, device, dtype=DTYPES["float32"]) for op in _OPS}
     parameters, in_float32 = count_parameters(shape)
     total = sum(parameters.values())
-    results = {
+    return {
         "config": dataclasses.asdict(shape),
         "parameters": {**parameters, "total": total},
         "weight_bytes": {name: (total - in_float32) * size + in_float32 * 4 for name, size in _DTYPES.items()},
@@ -59,55 +80,48 @@ def run(config: Config) -> Record:
         "flops_per_token": count_flops(shape),
         "device": str(device),
         "backends": {op: dataclasses.asdict(choice) for op, choice in choices.items()},
+        "kernels": _kernels(device),
     }  # fmt: skip
-    record = watch.record("info", config.model, config, results)
-    if config.out:
-        write_record(config.out, record)
-    return record
 
 
-def count_parameters(config: MambaConfig) -> tuple[dict[str, int], int]:
-    """Return the parameters of each part, and how many of them are float32 in every dtype. A tied head counts once."""
-    import torch
+def _kernels(device: torch.device) -> str:
+    """Return what the backends ``cpu`` and ``triton`` run on this device, and why."""
+    from mambacus.ops import nvrtc
 
-    from mambacus.models import MambaLM
-    from mambacus.models.mamba import keeps_float32
-
-    with torch.device("meta"):
-        named = dict(MambaLM(config).named_parameters())
-    parts = dict.fromkeys(
-        ("embeddings", "in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj", "norm", "lm_head"), 0
-    )
-    for name, parameter in named.items():
-        steps = name.removesuffix(".weight").removesuffix(".bias").split(".")
-        parts["norm" if steps[-1] == "norm_f" else steps[-1]] += parameter.numel()
-    return parts, sum(parameter.numel() for name, parameter in named.items() if keeps_float32(name))
+    if device.type == "cpu":
+        return "numba, compiled for this processor when first used"
+    obstacle = nvrtc.unavailable()
+    return "CUDA C++, compiled by NVRTC when first used" if obstacle is None else f"Triton, since NVRTC: {obstacle}"
 
 
-def count_flops(config: MambaConfig) -> dict[str, int]:
-    """Return the floating-point operations of one forward token, by part.
-
-    A product-sum counts 2. One state of the scan counts 7: ``delta A``, its exp, ``B`` times ``delta x``, decay, drive,
-    and ``C h`` with its sum. Norms and activations are left out. A training step costs about three times as much.
-    """
-    d_model, d_inner, n_layer = config.d_model, config.d_inner, config.n_layer
-    layer = {
-        "in_proj": 2 * d_model * 2 * d_inner,
-        "conv1d": 2 * d_inner * config.d_conv,
-        "x_proj": 2 * d_inner * (config.dt_rank + 2 * config.d_state),
-        "dt_proj": 2 * config.dt_rank * d_inner,
-        "scan": 7 * d_inner * config.d_state,
-        "out_proj": 2 * d_inner * d_model,
+def _transformer(costs: Costs, device: torch.device) -> dict[str, Any]:
+    shape = {
+        "model_type": costs.family,
+        "d_model": costs.width,
+        "n_layer": costs.n_layer,
+        "vocab_size": costs.vocab_size,
     }
-    flops = {part: count * n_layer for part, count in layer.items()}
-    flops["lm_head"] = 2 * d_model * config.padded_vocab_size
-    return {**flops, "total": sum(flops.values())}
+    return {
+        "config": shape | {"tie_embeddings": costs.parameters["lm_head"] == 0},
+        "parameters": {**costs.parameters, "total": costs.total_parameters},
+        "weight_bytes": {name: costs.total_parameters * size for name, size in _DTYPES.items()},
+        "cache_bytes": {name: costs.state_bytes(size, 1) for name, size in _DTYPES.items()},
+        "flops_per_token": {**costs.flops, "total": costs.total_flops},
+        "context_flops": costs.context_flops,
+        "device": str(device),
+        "backends": {},
+        "kernels": "those of transformers: it is a baseline, our kernels run Mamba alone",
+    }
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the verb and print the description."""
-    record = run(parse(Config, argv, "mambacus info", __doc__ or ""))
-    print("\n".join(_lines(record.label, record.results)))
+    config = parse(Config, argv, "mambacus info", __doc__ or "")
+    record = run(config)
+    if config.json:
+        print(json.dumps({"model": record.label, **record.results}, indent=1))
+    else:
+        print("\n".join(_lines(record.label, record.results)))
 
 
 def _lines(label: str, results: dict[str, Any]) -> list[str]:
@@ -115,16 +129,27 @@ def _lines(label: str, results: dict[str, Any]) -> list[str]:
     head = "tied" if shape["tie_embeddings"] else "own"
     lines = [
         f"{label}: {parameters['total']:,} parameters",
-        f"  d_model {shape['d_model']}, {shape['n_layer']} layers, d_state {shape['d_state']}, "
-        f"d_conv {shape['d_conv']}, dt_rank {shape['dt_rank']}, vocabulary {shape['vocab_size']}, {head} head",
+        f"  {_shape(shape)}, vocabulary {shape['vocab_size']}, {head} head",
         f"  {'part':<12}{'parameters':>16}{'FLOP per token':>18}",
     ]
     for part in [*sorted({*parameters, *flops} - {"total"}), "total"]:
         if parameters.get(part, 0) or flops.get(part, 0):
             lines.append(f"  {part:<12}{parameters.get(part, 0):>16,}{flops.get(part, 0):>18,}")
     for dtype in results["weight_bytes"]:
-        weights, state = results["weight_bytes"][dtype], results["state_bytes"][dtype]
-        lines.append(f"  {dtype}: weights {weights / 2**20:,.1f} MiB, state {state / 2**20:,.3f} MiB a sequence")
+        weights = f"  {dtype}: weights {results['weight_bytes'][dtype] / 2**20:,.1f} MiB"
+        if "state_bytes" in results:
+            lines.append(f"{weights}, state {results['state_bytes'][dtype] / 2**20:,.3f} MiB a sequence")
+        else:
+            lines.append(f"{weights}, keys and values {results['cache_bytes'][dtype] / 2**10:,.1f} KiB a token")
+    if "context_flops" in results:
+        lines.append(f"  attention: {results['context_flops']:,} FLOP more for each position a token looks back at")
     for op, choice in results["backends"].items():
         lines.append(f"  {op} on {results['device']}: {choice['name']} ({choice['reason']})")
-    return lines
+    return [*lines, f"  kernels on {results['device']}: {results['kernels']}"]
+
+
+def _shape(shape: dict[str, Any]) -> str:
+    known = f"d_model {shape['d_model']}, {shape['n_layer']} layers"
+    if "model_type" in shape:
+        return f"{shape['model_type']}, {known}"
+    return f"{known}, d_state {shape['d_state']}, d_conv {shape['d_conv']}, dt_rank {shape['dt_rank']}"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mambacus.studies.plan import Plan, Step
     from mambacus.studies.recipe import Recipe
 
-VERBS = ("finetune", "merge", "evaluate", "solve", "bench")
+VERBS = ("finetune", "merge", "evaluate", "solve", "bench", "bench generation")
 PAGE = "report.html"
 
 
@@ -31,7 +31,7 @@ class Config:
     recipe: str = opt(help="a YAML file, or the name of a packaged recipe", positional=True)
     out: Path | None = opt(None, "folder of the study (default: runs/<recipe's name>)", metavar="DIR")
     resume: bool = opt(False, "continue: steps whose records are there are skipped")
-    dry_run: bool = opt(False, "print the plan and run nothing")
+    dry_run: bool = opt(False, "print the plan with downloads, estimated time and memory; run nothing")
     models: tuple[str, ...] = opt((), "labels of the recipe to keep, or other models that stand in for them")
     limit: int = opt(0, "documents a task, problems a bench, steps a fine-tuning (0: the recipe's)", least=0)
     data_dir: Path | None = opt(None, "local data folder instead of the hub", metavar="DIR")
@@ -40,7 +40,7 @@ class Config:
 
 def command(verb: str) -> ModuleType:
     """Return the module of a command."""
-    return importlib.import_module(f"mambacus.{verb}")
+    return importlib.import_module(f"mambacus.{verb.replace(' ', '_')}")
 
 
 def prepare(config: Config) -> tuple[Recipe, Plan]:
@@ -67,30 +67,35 @@ def run(config: Config) -> Record:
 
     Returns:
         The record ``study.json``: ``results`` holds ``title``, ``description``, ``models`` (label, role, base, group),
-        ``steps`` (stage, verb, label, command, record, done) and ``substitutions`` (what differs from the recipe).
+        ``steps`` (stage, verb, label, command, record, done, ``estimate`` and the ``seconds`` it took),
+        ``estimated_for`` (the device) and ``substitutions`` (what differs from the recipe).
 
     Raises:
         UserError: a fault of a step, naming the stage and how to go on; or an ``out`` that holds another study.
     """
     from mambacus.runtime.outputs import claim_directory
     from mambacus.studies.progress import is_done, write_ledger
+    from mambacus.study_estimate import as_record, estimate, seconds_text
 
     watch = Stopwatch()
     recipe, plan = prepare(config)
     check_inputs(recipe, plan)
+    estimates, where = estimate(plan)
+    guesses = {"steps": [as_record(guess) for guess in estimates], "estimated_for": where}
     claim_directory(plan.out, "study", {"recipe": recipe.name}, resume=config.resume)
     done = [is_done(step, plan.out) for step in plan.steps]  # all checked before the first long step
-    ledger = write_ledger(plan, recipe, config, watch)
+    ledger = write_ledger(plan, recipe, config, watch, guesses)
     say(*plan.notes)
     for number, step in enumerate(plan.steps, start=1):
         place = f"{number}/{len(plan.steps) + 1}"
         if done[number - 1]:
             say(f"{place}  {step.name}: done before")
             continue
-        say(f"\n{place}  {step.name}", style="bold")
+        guess = estimates[number - 1].seconds
+        say(f"\n{place}  {step.name} (estimated {'?' if guess is None else seconds_text(guess)})", style="bold")
         say(step.command, style="dim")
         run_step(step)
-        ledger = write_ledger(plan, recipe, config, watch)
+        ledger = write_ledger(plan, recipe, config, watch, guesses)
     say(f"\n{len(plan.steps) + 1}/{len(plan.steps) + 1}  report", style="bold")
     draw_report(plan)
     return ledger
@@ -99,7 +104,7 @@ def run(config: Config) -> Record:
 def check_inputs(recipe: Recipe, plan: Plan) -> None:
     """Find now what would stop the study after hours: a model, device, method or data that cannot be had.
 
-    Weights are not fetched and tasks not looked up: the first step does that.
+    Weights are not fetched, and tasks looked up only where a data folder names them all: the first step does the rest.
 
     Raises:
         UserError: naming the model or the stage.
@@ -123,7 +128,8 @@ def check_inputs(recipe: Recipe, plan: Plan) -> None:
 
 
 def _check_step(step: Step, read: set[tuple[Any, ...]]) -> None:
-    """Check what `check_inputs` promises of one step; ``read`` holds the training data that were read already."""
+    """Check what `check_inputs` promises of one step; ``read`` holds the data and task names that were seen already."""
+    from mambacus.evals.catalogue import check_local_names
     from mambacus.evals.math import check_bench
     from mambacus.runtime.device import resolve_device
     from mambacus.tuning.data import read_examples
@@ -135,6 +141,11 @@ def _check_step(step: Step, read: set[tuple[Any, ...]]) -> None:
     if step.verb == "solve":
         for bench in settings.bench:
             check_bench(bench, settings.data_dir)
+    if step.verb == "evaluate" and settings.data_dir is not None and ("tasks", settings.tasks) not in read:
+        check_local_names(settings.tasks, settings.data_dir)
+        read.add(("tasks", settings.tasks))
+    if step.verb == "bench generation":
+        check_bench(settings.prompts, settings.data_dir)
     if step.verb == "finetune":
         find_method(settings.method)
         source = (settings.data, settings.data_dir, settings.seed)
@@ -213,7 +224,11 @@ def main(argv: Sequence[str]) -> None:
     """Run from the command line and print the outcome."""
     config = parse(Config, argv, "mambacus study", (__doc__ or "").splitlines()[0])
     if config.dry_run:
-        print_plan(*prepare(config))
+        from mambacus.study_estimate import estimate, print_estimates
+
+        recipe, plan = prepare(config)
+        print_plan(recipe, plan)
+        print_estimates(plan, *estimate(plan))
         return
     run(config)
     print_summary(config.out or Path("runs") / Path(config.recipe).stem)

@@ -291,6 +291,8 @@ def test_a_folder_of_another_run_is_kept(fails: Callable[..., str], tmp_path: Pa
         (("info",), "missing MODEL"),
         (("info", "{model}", "extra"), "unexpected 'extra'"),
         (("info", "random:7b"), "expected random:SIZE"),
+        (("bench", "generation", "--model", "nowhere/at/all", "--out", "{tmp}/b.json"), "--data-dir: missing"),
+        (("bench", "generation", "--model", "{model}", "--out", "{data}"), "add --overwrite"),
     ],
 )
 def test_the_other_verbs(fails: Callable[..., str], argv: tuple[Any, ...], message: str) -> None:

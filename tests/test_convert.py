@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from mambacus.cli import main
-from mambacus.models import load
+from mambacus.models import MambaLM, load, load_config, load_tokenizer, save
 from mambacus.runtime.records import read_record
 
 
@@ -49,3 +50,43 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main(["convert", "--model", "random:micro", "--out", str(out)]) == 2
         assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_cast_keeps_the_dynamics_in_float32_in_either_format(
+    tmp_path: Path, dtype: str, sharded: bool, tied: bool
+) -> None:
+    torch.manual_seed(3)
+    model = MambaLM(dataclasses.replace(load_config("random:micro"), tie_embeddings=tied))
+    save(model, tmp_path / "a", load_tokenizer("random:micro"), max_shard_bytes=100_000 if sharded else 10**9)
+    assert (tmp_path / "a" / "model.safetensors.index.json").exists() == sharded
+    steps = (("a", "b", "original", dtype), ("b", "c", "hf", "stored"), ("c", "d", "original", "stored"))
+    for source, target, to, kept in steps:
+        argv = ["--model", str(tmp_path / source), "--out", str(tmp_path / target), "--to", to, "--dtype", kept]
+        assert main(["convert", *argv]) == 0
+    expected = getattr(torch, dtype)
+    first = dict(model.named_parameters())
+    for folder in ("b", "c", "d"):
+        there = dict(load(tmp_path / folder, dtype=None)[0].named_parameters())
+        assert there.keys() == first.keys() and ("lm_head.weight" in there) == (not tied)
+        for name, parameter in there.items():
+            dynamics = name.endswith(("A_log", ".D", "dt_proj.bias"))
+            assert parameter.dtype == (torch.float32 if dynamics else expected), name
+            assert torch.equal(parameter, first[name].to(parameter.dtype)), name
+    written = torch.load(tmp_path / "d" / "pytorch_model.bin", weights_only=True)
+    assert written["backbone.layers.0.mixer.A_log"].dtype == torch.float32
+    assert written["lm_head.weight"].dtype == expected
+
+
+def test_a_cast_back_to_float32_is_exact(tmp_path: Path) -> None:
+    for source, target, dtype in (
+        ("random:micro", "low", "bfloat16"),
+        ("low", "high", "float32"),
+        ("high", "again", "bfloat16"),
+    ):
+        model = source if ":" in source else str(tmp_path / source)
+        assert main(["convert", "--model", model, "--out", str(tmp_path / target), "--dtype", dtype]) == 0
+    low, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("low", "again"))
+    assert low == again

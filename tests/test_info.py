@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from mambacus.cli import main
-from mambacus.info import count_flops, count_parameters
 from mambacus.models import load, load_config
+from mambacus.models.counting import count_flops, count_parameters
 from mambacus.runtime.records import read_record
 
 
@@ -66,3 +67,31 @@ def test_a_record_is_not_overwritten_unasked(tmp_path: Path, capsys: pytest.Capt
     assert out.read_text() == "precious"
     assert main(["info", "random:micro", "--out", str(out), "--overwrite"]) == 0
     assert read_record(out).kind == "info"
+
+
+def test_a_transformer_is_described_by_its_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "EleutherAI/pythia-160m", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    for words in ("162,322,944 parameters", "gpt_neox, d_model 768, 12 layers", "keys and values 72.0 KiB a token"):
+        assert words in out
+    assert "it is a baseline" in out
+
+
+def test_json_holds_what_the_lines_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "random:micro", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"] == "random:micro" and found["parameters"]["total"] == 98_240
+    assert found["backends"]["selective_scan"]["name"] == "cpu" and "numba" in found["kernels"]
+
+
+def test_what_is_no_model_to_describe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    assert main(["info", str(tmp_path)]) == 2
+    assert "got 'bloom'" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "opt", "vocab_size": 9}')
+    assert main(["info", str(tmp_path)]) == 2
+    assert "hidden_size: expected a positive integer, got None" in capsys.readouterr().err
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert main(["info", str(tmp_path)]) == 2
+    assert "it is an adapter: give its base model" in capsys.readouterr().err

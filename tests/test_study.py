@@ -14,12 +14,20 @@ from typing import Any
 import pytest
 from synthetic_records import coin, flip, record, texts, write_evaluate, write_record, write_solve
 
-from mambacus import bench, evaluate, finetune, merge, report, solve, study
+from mambacus import bench, bench_generation, evaluate, finetune, merge, report, solve, study
 from mambacus.cli import main
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import read_record
 
-REAL = {"bench": bench, "evaluate": evaluate, "finetune": finetune, "merge": merge, "solve": solve, "report": report}
+REAL = {
+    "bench": bench,
+    "bench generation": bench_generation,
+    "evaluate": evaluate,
+    "finetune": finetune,
+    "merge": merge,
+    "solve": solve,
+    "report": report,
+}
 RECIPE = """
 title: A stubbed study
 models:
@@ -230,10 +238,26 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsy
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_loads_no_torch():
+def test_dry_run_estimates_every_step_and_shows_what_finished_ones_took(stubs, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run_study(recipe, tmp_path / "s") == 0
+    steps = read_record(tmp_path / "s" / "study.json").results["steps"]
+    assert all(step["estimate"]["seconds"] > 0 and step["seconds"] == 0 for step in steps)
+    assert run_study(recipe, tmp_path / "s", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "Estimated for this machine (CPU" in out and "took" in out and "An estimate" in out
+    assert run_study(recipe, tmp_path / "t", "--dry-run", "--models", "nobody/unknown") == 0
+    out = capsys.readouterr().out
+    assert "unknown: shape of nobody/unknown" in out and "without what is unknown" in out
+    assert run_study(recipe, tmp_path / "t", "--dry-run", "--models", "./nowhere") == 2
+    assert "model './nowhere': no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_plan_is_laid_out_without_torch():
     code = (
-        "import sys; from mambacus.cli import main; assert main(['study', 'cs5242', '--dry-run']) == 0; "
-        "assert 'torch' not in sys.modules"
+        "import sys; from mambacus.study import Config, prepare; import mambacus.study_estimate; "
+        "import mambacus.studies.estimate; prepare(Config('cs5242')); assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -252,6 +276,11 @@ def test_dry_run_loads_no_torch():
         (("wordproblems:10", "gone.jsonl"), [], "cannot read gone.jsonl"),
         (("[wordproblems]", "[gsm8k]"), [], "stage baseline: solve m: --data-dir: missing"),
         (("[wordproblems]", "[gsm8k]"), ["--data-dir", "{empty}"], "expected a file"),
+        (
+            ("[text_sample]", "[text_sampel]"),
+            ["--data-dir", "{empty}"],
+            "evaluate m: --tasks: unknown task 'text_sampel'; did",
+        ),
     ],
 )
 def test_what_would_stop_it_after_hours_is_found_first(tmp_path, monkeypatch, capsys, change, flags, words):

@@ -58,6 +58,20 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> tuple[list[Any], 
     return tasks, hub or local
 
 
+def check_local_names(names: Sequence[str], data_dir: Path) -> None:
+    """Check task names against those that read local files, without loading any.
+
+    Raises:
+        UserError: an unknown name (with suggestions).
+    """
+    from lm_eval.tasks import TaskManager
+
+    local = TaskManager(include_path=LOCAL_TASKS, include_defaults=False)
+    unknown = [name for name in names if name not in local.task_index]
+    if unknown:
+        raise UserError(_unknown(unknown, local.all_tasks, data_dir))
+
+
 def same_examples(tasks: Sequence[Any]) -> None:
     """Let every document of a task be asked with the same worked examples: the first of their split.
 

@@ -101,11 +101,17 @@ def check_bench(name: str, data_dir: Path | None) -> None:
     """Check that the problems of a bench, a key of `BENCHES`, are there without reading them.
 
     Raises:
-        UserError: no data folder or file.
+        UserError: unknown bench (with suggestions), no data folder or file.
     """
+    _check_known(name)
     source = BENCHES[name].source or name
     if source != "wordproblems":
         math_file(data_dir, source, BENCHES[name].split)
+
+
+def _check_known(name: str) -> None:
+    if name not in BENCHES:
+        raise UserError(f"unknown bench {name!r}: expected one of {', '.join(BENCHES)}{suggest(name, BENCHES)}")
 
 
 def load_problems(name: str, data_dir: Path | None, limit: int | None, seed: int) -> list[MathProblem]:
@@ -120,10 +126,7 @@ def load_problems(name: str, data_dir: Path | None, limit: int | None, seed: int
     Raises:
         UserError: unknown bench (with suggestions), no data folder or file, a broken row, or no problem at all.
     """
-    if name not in BENCHES:
-        raise UserError(
-            f"--bench: unknown bench {name!r}: expected one of {', '.join(BENCHES)}{suggest(name, BENCHES)}"
-        )
+    _check_known(name)
     problems: Sequence[MathProblem]
     source, split = BENCHES[name].source or name, BENCHES[name].split
     if source == "wordproblems":

@@ -12,10 +12,18 @@ import subprocess
 import sys
 from typing import Any
 
+from mambacus.measuring.shapes import SHAPES
 from mambacus.runtime.errors import UserError
 
-IMPLEMENTATIONS = ("mambacus", "transformers")
-BENCHMARKS = ("prefill", "decode", "train")
+PEERS = ("transformers", "llama.cpp", *SHAPES)
+IMPLEMENTATIONS = ("mambacus", *PEERS)
+BENCHMARKS = ("prefill", "decode", "generate", "samples", "train")
+METHODS = ("full", "lora")
+LOGITS = ("last", "all")
+DTYPES = ("float32", "bfloat16", "float16", "mixed", "int8", "int4")
+_TORCH_DTYPES = ("float32", "bfloat16", "float16", "mixed")
+DTYPES_OF = {"mambacus": _TORCH_DTYPES, "llama.cpp": ("float32", "bfloat16", "float16", "int8", "int4")}
+_MEMORY_FAULTS = ("out of memory", "allocate memory", "std::bad_alloc", "memoryerror")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,20 +31,25 @@ class Case:
     """One measurement.
 
     Attributes:
-        benchmark: ``prefill`` (one pass over ``seqlen`` tokens, logits of every token), ``decode`` (``new_tokens``
-            greedy one-token steps after a prompt of ``seqlen``; the prompt is not counted) or ``train`` (forward and
-            backward, no optimiser step).
-        implementation: ``mambacus``, or ``transformers`` (MambaForCausalLM without optional kernel packages).
-        model: a published shape such as ``130m``; the weights are random.
-        dtype: of weights and activations; ``mixed``: float32 weights, products in bfloat16 (autocast).
+        benchmark: ``prefill`` (one pass over ``seqlen`` tokens), ``decode`` (``new_tokens`` greedy one-token steps
+            after ``seqlen`` tokens, which are not counted), ``generate`` (both, from prompt to last token),
+            ``samples`` (``samples`` completions of one prompt) or ``train`` (forward and backward, no optimiser step).
+        implementation: ``mambacus``; ``transformers`` (its Mamba, without optional kernel packages); ``llama.cpp`` (its
+            Mamba); or one of `SHAPES`, a Transformer through transformers.
+        model: size of the Mamba, also of the one that a Transformer is set beside; the weights are random.
+        dtype: of weights and activations; ``mixed``: float32 weights, products in bfloat16 (autocast); ``int8`` and
+            ``int4``: weights only.
         batch: rows.
-        seqlen: tokens a row.
-        new_tokens: one-token steps (``decode`` only).
+        seqlen: tokens a row: read, trained, or in the context before decoding.
+        new_tokens: one-token steps.
         repeats: counted runs.
         warmup: uncounted runs before them.
         threads: CPU threads; 0 leaves torch's default.
         device: torch device string.
-        graph: replay the step as a CUDA graph (``train`` by ``mambacus`` on a GPU only).
+        graph: replay a CUDA graph (ours) or compile (transformers).
+        method: of ``train``: ``full``, or ``lora`` of rank 16.
+        logits: of ``prefill``: of the ``last`` token, as generation needs, or of ``all``.
+        samples: of ``samples``: completions.
     """
 
     benchmark: str
@@ -51,31 +64,59 @@ class Case:
     threads: int = 0
     device: str = "cpu"
     graph: bool = False
+    method: str = "full"
+    logits: str = "last"
+    samples: int = 0
 
     @property
     def tokens(self) -> int:
-        """Tokens processed by one counted run."""
-        return self.batch * (self.new_tokens if self.benchmark == "decode" else self.seqlen)
+        """Tokens of one counted run: read and trained ones, or generated ones."""
+        if self.benchmark in ("prefill", "train"):
+            return self.batch * self.seqlen
+        return (self.samples or self.batch) * self.new_tokens
 
     @property
     def title(self) -> str:
-        """A short name for progress lines."""
-        shape = f"{self.batch} x {self.seqlen}" + (f" + {self.new_tokens}" if self.new_tokens else "")
-        return f"{self.benchmark} {self.model} {self.dtype} {shape} {self.implementation}"
+        """A short name for progress lines and errors."""
+        how = [part for part, wanted in ((self.method, self.method != "full"), ("graph", self.graph)) if wanted]
+        return " ".join([self.benchmark, self.model, self.dtype, self.shape, *how, self.implementation])
+
+    @property
+    def shape(self) -> str:
+        """Rows, tokens and new tokens in a few letters."""
+        rows = f"1 -> {self.samples}" if self.samples else str(self.batch)
+        return f"{rows} x {self.seqlen}" + (f" + {self.new_tokens}" if self.new_tokens else "")
+
+    def unavailable(self) -> str | None:
+        """Return why this combination is not measured, None if it is."""
+        dtypes = DTYPES_OF.get(self.implementation, _TORCH_DTYPES)
+        if self.dtype not in dtypes:
+            return f"{self.implementation} is not measured in {self.dtype}, only in {', '.join(dtypes)}"
+        if self.implementation == "llama.cpp":
+            if self.benchmark not in ("prefill", "decode", "generate") or self.logits == "all":
+                return f"llama.cpp is measured at prefill (last logits), decode and generate, not at {self.benchmark}"
+            if self.device != "cpu":
+                return "llama.cpp is measured on the CPU only"
+        if self.graph and self.implementation == "transformers" and self.benchmark in ("prefill", "train"):
+            return "transformers' Mamba loops over time in Python, which is not compiled"
+        if self.graph and self.implementation.startswith("gpt-neo"):
+            return "transformers does not compile GPT-Neo"
+        return None
 
 
 def measure(case: Case, timeout_seconds: float) -> dict[str, Any]:
     """Run ``case`` in a fresh process.
 
     Returns:
-        The case's fields with ``samples_ms``, ``median_ms``, ``tokens_per_second``, ``peak_memory_bytes`` and
-        ``weights_memory_bytes`` (peak before the first step); or, if it ran out of memory or time, ``error`` with the
-        reason.
+        The case's fields with the figures of `mambacus.measuring.worker.measure`; or, if it is not available, or ran
+        out of memory or time, ``error`` with the reason.
 
     Raises:
         UserError: the process failed for another reason; the message ends with its last line.
     """
     row: dict[str, Any] = dataclasses.asdict(case)
+    if reason := case.unavailable():
+        return row | {"error": reason}
     command = [sys.executable, "-m", "mambacus.measuring.worker", json.dumps(row)]
     environment = os.environ | ({"OMP_NUM_THREADS": str(case.threads)} if case.threads else {})
     try:
@@ -87,7 +128,7 @@ def measure(case: Case, timeout_seconds: float) -> dict[str, Any]:
     last_line = (done.stdout.strip().splitlines() or [""])[-1]
     if done.returncode == 0:
         return row | json.loads(last_line)
-    if done.returncode == -9 or "out of memory" in done.stderr.lower():
+    if done.returncode == -9 or any(fault in done.stderr.lower() for fault in _MEMORY_FAULTS):
         return row | {"error": "out of memory"}
     last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
     raise UserError(f"{case.title}: {last_line.removeprefix(f'{UserError.__module__}.UserError: ')}")

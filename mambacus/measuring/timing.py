@@ -1,4 +1,4 @@
-"""Timing one callable: warm up, synchronise, repeat, report every sample."""
+"""Timing one callable: warm up, synchronise, repeat, report every sample; and what all sides of a benchmark share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
+
+from mambacus.measuring.cases import Case
 
 
 def time_ms(step: Callable[[], object], device: torch.device, *, repeats: int, warmup: int) -> list[float]:
@@ -67,3 +70,28 @@ def ceilings(device: torch.device) -> dict[str, float]:
         gemm_ms = median(time_ms(lambda a=left, b=right: a @ b, device, repeats=5, warmup=2))  # type: ignore[misc]
         figures[f"{str(dtype).removeprefix('torch.')}_gemm_gflop_s"] = 2 * side**3 / gemm_ms / 1e6
     return figures
+
+
+def prompt_ids(case: Case, vocab_size: int, device: torch.device) -> Tensor:
+    """Return a case's random tokens, int64 (batch, seqlen), the same for every implementation with that vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, vocab_size, (case.batch, case.seqlen), generator=generator).to(device)
+
+
+def train_step(model: nn.Module, loss: Callable[[], Tensor], case: Case) -> None:
+    """Do a forward and backward pass into fresh gradients; under bfloat16 autocast if the case's dtype is ``mixed``."""
+    model.zero_grad(set_to_none=True)
+    device = torch.device(case.device).type
+    with torch.autocast(device, torch.bfloat16, enabled=case.dtype == "mixed", cache_enabled=not case.graph):
+        value = loss()
+    value.backward()
+
+
+def model_bytes(model: nn.Module, embeddings: nn.Module) -> tuple[int, int]:
+    """Return the bytes of a model's weights, and without the embeddings if the output head is not the same matrix."""
+    parameters = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    total = sum(parameters.values())
+    table = next(embeddings.parameters())
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    tied = head is not None and next(head.parameters()) is table
+    return total, total if tied else total - table.nbytes

@@ -2,106 +2,89 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from mambacus.measuring.cases import Case
-from mambacus.measuring.timing import captured, median, time_ms
-from mambacus.models import load
-from mambacus.runtime.device import peak_memory_bytes, resolve_device, resolve_dtype
+from mambacus.measuring.costs import case_work
+from mambacus.measuring.energy import Energy
+from mambacus.measuring.sides import Side, Step, make_side
+from mambacus.measuring.timing import median, time_ms
+from mambacus.runtime.device import peak_memory_bytes, resolve_device
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Build the model of ``case`` with random weights, time its step and return the figures."""
+    """Build the side of ``case`` with random weights, time its step and return the figures.
+
+    Returns:
+        ``samples_ms``, ``median_ms``, ``tokens_per_second``, ``peak_memory_bytes``, ``weights_memory_bytes`` (the peak
+        before the first step), ``weights_bytes``, ``state_bytes`` (or null), ``work`` (see `case_work`), ``flops``,
+        ``energy_joules`` of one run (or null); of ``generate`` also ``time_to_first_token_ms``; of ``samples`` also
+        ``prompt_tokens`` (read in one run), and for ours ``decode_alone_ms`` and ``ratio_to_decode``.
+    """
     if case.threads:
         torch.set_num_threads(case.threads)
     device = resolve_device(case.device)
-    dtype = torch.float32 if case.dtype == "mixed" else resolve_dtype(case.dtype)
     torch.manual_seed(0)
-    model, config = _build(case, device, dtype)
-    input_ids = torch.randint(2, config["vocab_size"], (case.batch, case.seqlen), device=device)
+    side = make_side(case)
     before = peak_memory_bytes(device)
-    step = _step(case, model, input_ids)
-    samples = time_ms(step, device, repeats=case.repeats, warmup=case.warmup)
-    return {
+    step = _step(case, side)
+    time_ms(step, device, repeats=0, warmup=case.warmup)
+    with Energy(device) as energy:
+        samples = time_ms(step, device, repeats=case.repeats, warmup=0)
+    work = case_work(case, side.read_bytes)
+    row = {
         "samples_ms": [round(sample, 3) for sample in samples],
         "median_ms": round(median(samples), 3),
         "tokens_per_second": round(1e3 * case.tokens / median(samples), 2),
         "peak_memory_bytes": peak_memory_bytes(device),
         "weights_memory_bytes": before,
+        "weights_bytes": side.weights_bytes,
+        "state_bytes": side.state_bytes(),
+        "work": work,
+        "flops": sum(flops for flops, _ in work),
+        "energy_joules": None if energy.joules is None else round(energy.joules / case.repeats, 3),
     }
+    return row | side.facts() | _more(case, side, step, device)
 
 
-def _build(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, Any]]:
-    if case.implementation == "mambacus":
-        model, _ = load(f"random:{case.model}", device=device, dtype=dtype)
-        return model.train(case.benchmark == "train"), {"vocab_size": model.config.vocab_size}
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    shape, _ = load(f"random:{case.model}", device="meta", dtype=dtype)
-    config = transformers.MambaConfig(**shape.config.to_hf("float32"))
-    peer: torch.nn.Module = transformers.MambaForCausalLM(config)
-    peer.to(device=device, dtype=dtype)
-    return peer.train(case.benchmark == "train"), {"vocab_size": config.vocab_size}
-
-
-def _step(case: Case, model: torch.nn.Module, input_ids: torch.Tensor) -> Callable[[], object]:
-    if case.benchmark == "train":
-        options = {"loss_only": True} if case.implementation == "mambacus" and input_ids.is_cuda else {}
-        step = functools.partial(_train_step, model, input_ids, case, options)
-        return captured(step) if case.graph else step
-    if case.benchmark == "prefill":
-        return lambda: _prefill(model, input_ids)
-    decode = _decode_mambacus if case.implementation == "mambacus" else _decode_transformers
-    return decode(model, input_ids, case.new_tokens)
-
-
-def _train_step(model: torch.nn.Module, input_ids: torch.Tensor, case: Case, options: dict[str, bool]) -> None:
-    model.zero_grad(set_to_none=True)
-    autocast = case.dtype == "mixed"
-    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=autocast, cache_enabled=not case.graph):
-        loss = model(input_ids, labels=input_ids, **options).loss
-    loss.backward()
-
-
-@torch.inference_mode()
-def _prefill(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids).logits
-
-
-def _decode_mambacus(model: torch.nn.Module, input_ids: torch.Tensor, new_tokens: int) -> Callable[[], object]:
-    with torch.inference_mode():
-        prompt = model(input_ids)
-
-    @torch.inference_mode()
-    def step() -> None:
-        state, token = prompt.state.fork(1), prompt.logits[:, -1:].argmax(-1)  # a copy: the steps change it in place
-        for _ in range(new_tokens):
-            out = model(token, state=state, reuse_state=True)
-            state, token = out.state, out.logits[:, -1:].argmax(-1)
-
+def _step(case: Case, side: Side) -> Step:
+    if case.benchmark in ("generate", "samples"):
+        return side.generate(case.new_tokens)
+    step: Step = getattr(side, case.benchmark)()
     return step
 
 
-def _decode_transformers(model: torch.nn.Module, input_ids: torch.Tensor, new_tokens: int) -> Callable[[], object]:
-    with torch.inference_mode():
-        prompt = model(input_ids, use_cache=True)
+def _more(case: Case, side: Side, step: Step, device: torch.device) -> dict[str, Any]:
+    """Return what only generation from end to end has to say."""
+    if case.benchmark == "generate":
+        first = time_ms(side.generate(1), device, repeats=case.repeats, warmup=min(case.warmup, 1))
+        return {"time_to_first_token_ms": round(median(first), 3)}
+    if case.benchmark == "samples":
+        return _samples(case, side, step, device)
+    return {}
 
-    @torch.inference_mode()
-    def step() -> None:
-        # the cache is updated in place, so each run continues the last one's text; a step's cost is the same
-        cache, token = prompt.cache_params, prompt.logits[:, -1:].argmax(-1)
-        for _ in range(new_tokens):
-            out = model(token, cache_params=cache, use_cache=True)
-            cache, token = out.cache_params, out.logits[:, -1:].argmax(-1)
 
-    return step
+def _samples(case: Case, side: Any, step: Step, device: torch.device) -> dict[str, Any]:
+    """Time samples of one prompt and decoding alone in turn, and count the prompt tokens that one run reads."""
+    if not hasattr(side, "decode_alone"):
+        return {"prompt_tokens": case.samples * case.seqlen}  # every row reads the prompt
+    alone = side.decode_alone()
+    pairs = []
+    for _ in range(max(case.repeats, 3)):
+        before = side.prompt_tokens
+        (whole,) = time_ms(step, device, repeats=1, warmup=0)
+        read = side.prompt_tokens - before
+        pairs.append((whole, *time_ms(alone, device, repeats=1, warmup=0)))
+    ratio = median([whole / decoding for whole, decoding in pairs])
+    return {
+        "prompt_tokens": read,
+        "decode_alone_ms": round(median([decoding for _, decoding in pairs]), 3),
+        "ratio_to_decode": round(ratio, 4),
+    }
 
 
 if __name__ == "__main__":

@@ -200,9 +200,14 @@ def resolve(name: str | os.PathLike[str], *, weights: bool = True) -> Source:
         return Source(text, folder=folder)
     if folder.exists():
         raise UserError(f"model {text!r}: expected a folder, got a file")
-    if not _HUB_ID.fullmatch(text) or text.startswith("."):
+    if not is_hub_id(text):
         raise UserError(f"model {text!r}: no such folder")
     return Source(text, folder=_download(text, weights))
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name that is no folder could be a model of the hub."""
+    return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".")
 
 
 def _download(hub_id: str, weights: bool) -> Path:

@@ -88,7 +88,7 @@ def make_plan(recipe: Recipe, out: Path, configs: Mapping[str, type], overrides:
     Args:
         recipe: the study.
         out: its folder; records go to ``<stage or verb>/<label>`` below it.
-        configs: verb -> configuration class, for finetune, merge, evaluate, solve and bench.
+        configs: verb -> configuration class, for finetune, merge, evaluate, solve, bench and bench generation.
         overrides: changes from the command line.
 
     Raises:
@@ -195,11 +195,20 @@ class _Planner:
         self.models.append({"label": label, "role": "check", "base": run.label, "group": ""})
 
     def bench(self) -> None:
+        if self.recipe.generation is not None:
+            for entry in self.recipe.models:
+                self.generation(entry, self.recipe.generation)
         for place, settings in enumerate(self.recipe.bench, start=1):
             name = f"{place}-{settings.get('what', 'bench')}"
             record = self.out / "bench" / f"{name}.json"
             few = {"repeats": 1} if self.overrides.limit else {}
             self._add("bench", "bench", name, {**settings, "out": record, **few}, record, ())
+
+    def generation(self, entry: ModelEntry, settings: dict[str, Any]) -> None:
+        record = self.out / "generation" / f"{_file(entry.label)}.json"
+        few = {"limit": min(self.overrides.limit, 2), "repeats": 1} if self.overrides.limit else {}
+        values = {**settings, "model": entry.source, "label": entry.label, "out": record, **few}
+        self._add("bench", "bench generation", entry.label, values, record, ())
 
     def _add(
         self, stage: str, verb: str, label: str, values: dict[str, Any], record: Path, needs: tuple[Path, ...]
@@ -218,6 +227,9 @@ class _Planner:
             raise UserError(f"{where}: missing key {', '.join(map(repr, missing))}")
         config = config_class(**checked)
         check(config, where=where)
+        other = next((step.label for step in self.steps if step.record == record and step.verb == verb), None)
+        if other is not None:
+            raise UserError(f"{where}: {record} would be that of {other} too; choose labels that differ as file names")
         self.steps.append(Step(stage, verb, label, config, record, needs))
 
 
@@ -232,7 +244,7 @@ def _file(label: str) -> str:
 
 def command_line(verb: str, config: Any) -> str:
     """Return the command line that gives ``config``: the flags that differ from their defaults."""
-    words, flags = ["mambacus", verb], []
+    words, flags = ["mambacus", *verb.split()], []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _required(field) and value == field.default:

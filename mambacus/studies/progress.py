@@ -73,18 +73,27 @@ def prepare(step: Step) -> Any:
     return step.config
 
 
-def write_ledger(plan: Plan, recipe: Recipe, config: Any, watch: Stopwatch) -> Record:
-    """Write ``study.json``: who is who, every step with its command and record, and what differs from the recipe."""
+def write_ledger(plan: Plan, recipe: Recipe, config: Any, watch: Stopwatch, guesses: dict[str, Any]) -> Record:
+    """Write ``study.json``: who is who, every step with its command and record, and what differs from the recipe.
+
+    Args:
+        plan: of the study.
+        recipe: that it comes from.
+        config: of the command.
+        watch: started with the command.
+        guesses: ``steps``, one estimate for each step, and ``estimated_for``, the device.
+    """
     steps = [
         {
             "stage": step.stage, "verb": step.verb, "label": step.label, "command": step.command,
-            "record": str(step.record.relative_to(plan.out)), "done": step.record.exists(),
+            "record": str(step.record.relative_to(plan.out)), "done": step.record.exists(), "estimate": guess,
+            "seconds": read_record(step.record).seconds if step.record.exists() else None,
         }
-        for step in plan.steps
+        for step, guess in zip(plan.steps, guesses["steps"], strict=False)  # the last estimate is the report's
     ]  # fmt: skip
     results = {
         "title": recipe.title, "description": recipe.description, "models": plan.models, "steps": steps,
-        "substitutions": plan.notes,
+        "estimated_for": guesses["estimated_for"], "substitutions": plan.notes,
     }  # fmt: skip
     record = watch.record("study", recipe.name, config, results)
     write_record(plan.out / LEDGER, record)

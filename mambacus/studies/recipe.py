@@ -62,6 +62,7 @@ class Recipe:
         merge: fields of `mambacus.merge.Config`.
         evaluate: fields of `mambacus.evaluate.Config`, or None for no lm_eval tasks.
         solve: fields of `mambacus.solve.Config`, or None for no math benches.
+        generation: fields of `mambacus.bench_generation.Config`, measured with every model of ``models``, or None.
         bench: one mapping of `mambacus.bench.Config` fields per benchmark.
         check_attached: solve with the attached adapter too and report whether it equals the merged model item by item.
     """
@@ -74,6 +75,7 @@ class Recipe:
     merge: dict[str, Any] = dataclasses.field(default_factory=dict)
     evaluate: dict[str, Any] | None = None
     solve: dict[str, Any] | None = None
+    generation: dict[str, Any] | None = None
     bench: tuple[dict[str, Any], ...] = ()
     check_attached: bool = False
 
@@ -135,6 +137,7 @@ def _recipe(stem: str, loaded: dict[str, Any], where: str) -> Recipe:
         merge=_mapping(loaded.get("merge", {}), f"{where}: merge"),
         evaluate=_mapping(loaded["evaluate"], f"{where}: evaluate") if loaded.get("evaluate") else None,
         solve=_mapping(loaded["solve"], f"{where}: solve") if loaded.get("solve") else None,
+        generation=_mapping(loaded["generation"], f"{where}: generation") if loaded.get("generation") else None,
         bench=tuple(_mapping(row, f"{where}: bench") for row in _list(loaded, "bench", where)),
         check_attached=about["check_attached"],
     )

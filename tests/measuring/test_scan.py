@@ -41,8 +41,3 @@ def test_inputs_are_the_same_every_time():
 def test_a_wrong_shape_is_refused(tmp_path, shape):
     with pytest.raises(UserError, match=f"--shapes: expected batch x d_inner x seqlen .* got '{shape}'"):
         bench.run(bench.Config("scan", tmp_path / "r.json", shapes=(shape,)))
-
-
-def test_a_graph_needs_a_gpu(tmp_path):
-    with pytest.raises(UserError, match="--graph: expected with train and --device cuda, got train on cpu"):
-        bench.run(bench.Config("train", tmp_path / "r.json", graph=True))

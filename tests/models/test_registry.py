@@ -47,7 +47,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("size", "parameters"), PUBLISHED.items())
 def test_published_shapes_have_the_published_numbers_of_parameters(size: str, parameters: int) -> None:
-    from mambacus.info import count_parameters
+    from mambacus.models.counting import count_parameters
 
     assert sum(count_parameters(load_config(f"random:{size}"))[0].values()) == parameters
 

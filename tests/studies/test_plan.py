@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from mambacus import bench, evaluate, finetune, merge, solve
+from mambacus import bench, bench_generation, evaluate, finetune, merge, solve
 from mambacus.runtime.config import parse
 from mambacus.runtime.errors import UserError
 from mambacus.studies.plan import Overrides, command_line, make_plan, settings_of
 from mambacus.studies.recipe import ModelEntry, Recipe, Variant, packaged_recipes, read_recipe
 
-MODULES = {"bench": bench, "evaluate": evaluate, "finetune": finetune, "merge": merge, "solve": solve}
+MODULES = {
+    "bench": bench, "bench generation": bench_generation, "evaluate": evaluate, "finetune": finetune, "merge": merge,
+    "solve": solve,
+}  # fmt: skip
 CONFIGS = {verb: module.Config for verb, module in MODULES.items()}
 OUT = Path("runs/x")
 RECIPE = Recipe(
@@ -112,15 +115,42 @@ def test_faults_in_settings_are_found_before_anything_runs(changes, words):
         plan_of(dataclasses.replace(RECIPE, **changes))
 
 
+def test_labels_that_would_share_a_record_are_refused():
+    twins = dataclasses.replace(RECIPE, models=(ModelEntry("a/b", "tiny"), ModelEntry("a-b", "tiny", "baseline")))
+    with pytest.raises(UserError, match=r"evaluate of a-b: runs/x/evaluate/a-b.json would be that of a/b too"):
+        plan_of(twins)
+
+
+def test_generation_is_measured_with_every_model_of_the_recipe():
+    recipe = dataclasses.replace(RECIPE, generation={"prompts": "wordproblems", "limit": 5})
+    steps = [step for step in plan_of(recipe).steps if step.verb == "bench generation"]
+    assert [(step.stage, step.label, step.config.model, step.config.limit) for step in steps] == [
+        ("bench", "m", "tiny", 5),
+        ("bench", "p", "owner/p", 5),
+    ]
+    config = next(step.config for step in plan_of(recipe, limit=20).steps if step.verb == "bench generation")
+    assert (config.limit, config.repeats) == (2, 1)
+    settings = (
+        config.new_tokens,
+        config.temperature,
+        config.top_k,
+        config.top_p,
+        config.min_p,
+        config.repetition_penalty,
+    )
+    assert settings == (100, 1.0, 1, 1.0, 0.0, 1.0)
+
+
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_every_packaged_recipe_has_a_plan_and_its_commands_parse_to_the_same_settings(name):
     recipe = read_recipe(name)
     plan = make_plan(recipe, OUT, CONFIGS, Overrides())
     assert len({step.record for step in plan.steps}) == len(plan.steps)
     for step in plan.steps:
-        program, verb, *flags = shlex.split(step.command)
-        assert (program, verb) == ("mambacus", step.verb)
-        assert parse(CONFIGS[verb], flags, "x", "") == step.config
+        words = ["mambacus", *step.verb.split()]
+        given = shlex.split(step.command)
+        assert given[: len(words)] == words
+        assert parse(CONFIGS[step.verb], given[len(words) :], "x", "") == step.config
 
 
 def test_command_lines_quote_and_leave_out_defaults():
