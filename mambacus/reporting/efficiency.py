@@ -1,0 +1,130 @@
+"""Efficiency over sequence length: what ``mambacus bench lengths`` measured, with the lengths where curves cross."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mambacus.reporting.charts import Chart, Crossing, Figure, Series, Value, make_chart
+from mambacus.reporting.formats import energy, milliseconds, number, rate, reference, size
+from mambacus.reporting.scales import log_scale, steps_scale
+from mambacus.reporting.sources import Source, of_kind
+from mambacus.reporting.speed import CURVE_LENGTHS, Timing
+from mambacus.reporting.table import Cell, Table, make_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One quantity over length: its key in the rows, its name, a value in words, the base of its axis' ticks."""
+
+    key: str
+    title: str
+    text: Callable[[Any], str]
+    base: int = 10
+
+
+METRICS = (
+    Metric("median_ms", "Time", milliseconds),
+    Metric("tokens_per_second", "Tokens per second", rate),
+    Metric("peak_memory_bytes", "Peak memory", size, base=2),
+    Metric("state_bytes", "State or key-value cache", size, base=2),
+    Metric("energy_j", "Energy", energy),
+)
+Group = tuple[int, str, str, int]  # record, benchmark, dtype, batch
+
+
+def efficiency_figures(rows: Sequence[Timing]) -> list[Figure]:
+    """Return one figure per record, benchmark, dtype and batch that was measured at several lengths."""
+    groups: dict[Group, list[Timing]] = {}
+    for one in rows:
+        key = (one.source.number, str(one.row["benchmark"]), str(one.row["dtype"]), int(one.row["batch"]))
+        groups.setdefault(key, []).append(one)
+    colours = _colours(rows)
+    return [
+        _figure(key, members, colours)
+        for key, members in groups.items()
+        if len({one.row["seqlen"] for one in members}) >= CURVE_LENGTHS
+    ]
+
+
+def _colours(rows: Sequence[Timing]) -> dict[str, int]:
+    """Return a colour per implementation, ours first: eager and graph share it and differ in the dashes."""
+    names = sorted({str(one.row["implementation"]) for one in rows}, key=lambda name: (name != "mambacus", name))
+    return {name: 1 + place % 7 for place, name in enumerate(names)}
+
+
+def _figure(key: Group, rows: Sequence[Timing], colours: dict[str, int]) -> Figure:
+    record, benchmark, dtype, batch = key
+    models = list(dict.fromkeys(f"{one.row['implementation']}: {one.row.get('model', '')}" for one in rows))
+    found = [crossing for crossing in crossovers(rows[0].source) if _belongs(crossing, key)]
+    charts = [chart for metric in METRICS if (chart := _chart(metric, rows, colours, found)) is not None]
+    title = f"{benchmark.capitalize()}, batch {batch}, {dtype} [{record}]"
+    return Figure(f"{benchmark} {batch} {dtype} {record}", title, tuple(charts), ("; ".join(models) + ".",))
+
+
+def _chart(
+    metric: Metric, rows: Sequence[Timing], colours: dict[str, int], crossings: Sequence[dict[str, Any]]
+) -> Chart | None:
+    names = dict.fromkeys((one.who, str(one.row["implementation"]), bool(one.row.get("graph"))) for one in rows)
+    series = [
+        _series(metric, who, colours[name], graph, [one for one in rows if one.who == who])
+        for who, name, graph in names
+    ]
+    values = [value.y for one in series for value in one.values]
+    if not values:
+        return None
+    across = steps_scale((one.row["seqlen"] for one in rows), lambda value: f"{value:,.0f}")
+    marks = [_mark(c, metric) for c in crossings if c["metric"] == metric.key and c["seqlen"]]
+    return make_chart(
+        metric.title, ("tokens", across), ("", log_scale(values, metric.text, base=metric.base)), series, marks
+    )
+
+
+def _mark(crossing: dict[str, Any], metric: Metric) -> Crossing:
+    at = f"{crossing['seqlen']:,.0f}"
+    tip = f"{metric.title}: {crossing['ours']} and {crossing['peer']} are equal at about {at} tokens"
+    return Crossing(float(crossing["seqlen"]), f"equal at {at}", tip)
+
+
+def _series(metric: Metric, who: str, colour: int, graph: bool, rows: Sequence[Timing]) -> Series:
+    values, failures = [], []
+    for one in sorted(rows, key=lambda timing: timing.row["seqlen"]):
+        length, value = one.row["seqlen"], number(one.row.get(metric.key))
+        if one.row.get("error"):
+            failures.append((float(length), f"{who}\n{length:,} tokens: {one.row['error']}"))
+        elif value is not None and value > 0:
+            values.append(Value(length, value, f"{who}\n{length:,} tokens: {metric.text(value)}"))
+    return Series(who, colour, tuple(values), tuple(failures), dashed=graph)
+
+
+def crossovers(source: Source) -> list[dict[str, Any]]:
+    """Return a record's crossings: ``{benchmark, batch, dtype, metric, ours, peer, seqlen or None, note}``."""
+    found: list[dict[str, Any]] = source.record.results.get("crossovers", [])
+    return found
+
+
+def _belongs(crossing: dict[str, Any], key: Group) -> bool:
+    return (crossing["benchmark"], crossing["dtype"], crossing["batch"]) == key[1:]
+
+
+def crossover_table(sources: Sequence[Source]) -> Table:
+    """From which length on which side is ahead, for every quantity; where nothing crosses, that is said."""
+    titles = {metric.key: metric.title for metric in METRICS}
+    body: list[list[Cell | str]] = [
+        [
+            Cell(titles.get(c["metric"], c["metric"]), f"{c['benchmark']}{reference([source.number])}"),
+            f"{c['batch']:,}", str(c["dtype"]), str(c["ours"]), str(c["peer"]),
+            "none" if c["seqlen"] is None else f"{c['seqlen']:,.0f}", str(c.get("note", "")),
+        ]
+        for source in of_kind(sources, "bench")
+        for c in crossovers(source)
+    ]  # fmt: skip
+    columns = ("Quantity", "#Batch", "dtype", "Ours", "Peer", "#Equal at, tokens", "")
+    return make_table("crossovers", columns, body, title="Where the curves cross", about=_CROSSING)
+
+
+_CROSSING = (
+    "Interpolated between measured lengths on logarithmic axes; “none” means that one side leads at every "
+    "length that both finished."
+)
