@@ -159,8 +159,8 @@ def training_figure(runs: Sequence[tuple[Source, int]]) -> Figure | None:
     losses = [value.y for one in series for value in one.values]
     steps = linear_scale((value.x for one in series for value in one.values), _plain, zero=True, tight=True)
     up = linear_scale(losses, _plain, zero=min(losses) < 0.5 * max(losses))
-    chart = make_chart("Training loss", ("optimiser step", steps), ("loss, nats a token", up), series)
-    return Figure("training", "Training loss over optimiser steps", (chart,))
+    chart = make_chart("Loss", ("optimiser steps", steps), ("nats a token", up), series)
+    return Figure("training", "Training loss", (chart,))
 
 
 def _losses(source: Source, colour: int) -> Series:

@@ -74,6 +74,8 @@ def _chart(
     values = [value.y for one in series for value in one.values]
     if not values:
         return None
+    if any(one.failures for one in series):  # room for their crosses
+        values.append(max(values) * max(max(values) / min(values), 2.0) ** 0.15)
     across = steps_scale((one.row["seqlen"] for one in rows), lambda value: f"{value:,.0f}")
     marks = [_mark(c, metric) for c in crossings if c["metric"] == metric.key and c["seqlen"]]
     return make_chart(

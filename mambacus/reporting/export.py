@@ -13,8 +13,10 @@ _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", "−": "$-$", "×": r"$\times$", "→": r"$\rightarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
-    "·": r"$\cdot$", "–": "--", "…": r"\ldots{}", "“": "``", "”": "''", "’": "'", "≈": r"$\approx$", "±": r"$\pm$",
-    "⁻": r"$^{-}$", **{raised: f"$^{digit}$" for digit, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+    "\N{NO-BREAK SPACE}": "~", "·": r"$\cdot$", "–": "--", "…": r"\ldots{}", "“": "``", "”": "''", "’": "'",
+    "≈": r"$\approx$", "±": r"$\pm$",
+    "⁻": r"$^{-}$",
+    **{raised: f"$^{digit}$" for digit, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
 }  # fmt: skip
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|~])")
 

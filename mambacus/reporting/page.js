@@ -76,7 +76,7 @@
       const text = (cell) => {
         const note = cell.querySelector("small");
         const main = [...cell.childNodes].filter((node) => node !== note).map((node) => node.textContent).join("").trim();
-        return note ? `${main} (${note.textContent.trim()})` : main;
+        return (note ? `${main} (${note.textContent.trim()})` : main).replaceAll("\u00a0", " ");
       };
       const lines = all("tr", table).map((row) => [...row.cells].map((cell) => quoted(text(cell))).join(","));
       const link = document.createElement("a");

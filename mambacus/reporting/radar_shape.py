@@ -117,7 +117,7 @@ def _off_axis(label: str, axis: Axis, scores: Scores) -> str:
 def _values(title: str, scores: Scores, labels: Sequence[str], found: Sequence[Axis], published: Published) -> Table:
     body = []
     for axis in found:
-        row = [Cell(axis.title, f"{axis.subtitle}; {axis.transform}")]
+        row = [Cell(axis.title, f"{axis.subtitle}; {axis.transform}".replace(" %", "\N{NO-BREAK SPACE}%"))]
         for label in labels:
             score = scores.get(label, axis.key)
             row.append(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from mambacus.reporting.formats import duration, rate, reference, size
+from mambacus.reporting.formats import duration, rate, reference, show, size
 from mambacus.reporting.metrics import task_info
 from mambacus.reporting.panels import Interval, Panel, make_panel
 from mambacus.reporting.sources import Source, of_kind
@@ -100,7 +100,7 @@ def _check_cell(what: str, rows: Sequence[dict[str, Any]]) -> Cell:
     after = fmean(float(row["after"]) for row in rows)
     ends = [fmean(float(row[key]) for row in rows) for key in ("low95", "high95")]
     style = _verdict(ends[0], ends[1], rows[0]["better"])
-    shown = f"{100 * after:.1f} %" if _is_share(what) else f"{after:.3g}"
+    shown = f"{100 * after:.1f} %" if _is_share(what) else show("perplexity", after)
     return Cell(shown, f"{change} ({low} to {high}), n = {rows[0]['n']:,}", "" if style == "open" else style)
 
 
@@ -111,7 +111,7 @@ def _verdict(low: float, high: float, better: str) -> str:
 
 
 def _change(what: str, value: float) -> str:
-    text = f"{100 * value:+.1f}" if _is_share(what) else f"{value:+.3g}"
+    text = f"{100 * value:+.1f}" if _is_share(what) else f"{value:+.{2 if abs(value) >= 0.1 else 3}f}"
     return text.replace("-", "−")
 
 

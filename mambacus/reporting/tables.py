@@ -160,7 +160,9 @@ def merge_table(sources: Sequence[Source]) -> Table:
         for source in of_kind(sources, "merge")
         for gate in [source.record.results["gate"]]
     ]
-    return make_table("merge", ("Model", "#Prompts", "#Largest logit difference", "#Allowed", "Head untied"), body)
+    columns = ("Model", "#Prompts", "#Largest logit difference", "#Allowed", "Head untied")
+    about = "A merge is written only when its logits agree with the attached adapter’s on real prompts."
+    return make_table("merge", columns, body, title="Merging", about=about)
 
 
 def record_table(sources: Sequence[Source], root: Path) -> Table:
