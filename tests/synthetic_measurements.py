@@ -35,12 +35,20 @@ def write_lengths(path: Path) -> Path:
         for seqlen in LENGTHS
         for who in ("mambacus", "pythia-160m")
     ]
-    both = {"batch": 1, "dtype": "bfloat16", "ours": "mambacus", "peer": "pythia-160m"}
+    both = {
+        "batch": 1, "dtype": "bfloat16", "method": "full", "graph": False, "ours": "mambacus", "peer": "pythia-160m",
+    }  # fmt: skip
     crossovers: list[dict[str, Any]] = []
     for benchmark in ("prefill", "train", "decode"):
         crossovers += [
-            {"benchmark": benchmark, "metric": "median_ms", "seqlen": 4096.0, "note": "ours is faster beyond"} | both,
-            {"benchmark": benchmark, "metric": "state_bytes", "seqlen": None, "note": "ours is smaller throughout"}
+            {
+                "benchmark": benchmark,
+                "metric": "tokens_per_second",
+                "seqlen": 4096.0,
+                "note": "mambacus is better above",
+            }
+            | both,
+            {"benchmark": benchmark, "metric": "state_bytes", "seqlen": None, "note": "mambacus is better at all"}
             | both,
         ]
     results = {"rows": rows, "crossovers": crossovers, "ceilings": {"copy_gb_s": 3000.0}}
@@ -51,8 +59,9 @@ def write_lengths(path: Path) -> Path:
 def _timing(benchmark: str, who: str, graph: bool, seqlen: int, new_tokens: int = 0) -> dict[str, Any]:
     ours = who == "mambacus"
     row: dict[str, Any] = {
-        "benchmark": benchmark, "implementation": who, "model": "130m" if ours else "160m", "dtype": "bfloat16",
+        "benchmark": benchmark, "implementation": who, "model": "130m", "dtype": "bfloat16",
         "batch": 1, "seqlen": seqlen, "new_tokens": new_tokens, "graph": graph, "device": "cuda",
+        "method": "full",
     }  # fmt: skip
     if not ours and seqlen > LAST_OF_PEER:
         return row | {"error": "out of memory"}
@@ -60,7 +69,8 @@ def _timing(benchmark: str, who: str, graph: bool, seqlen: int, new_tokens: int 
     return row | {
         "median_ms": ms, "samples_ms": [0.98 * ms, ms, 1.02 * ms], "tokens_per_second": 1000 * seqlen / ms,
         "peak_memory_bytes": 2**29 + seqlen * (20_000 if ours else 2_000_000),
-        "state_bytes": 3_538_944 if ours else 36_864 * seqlen, "flops": 2.6e8 * seqlen, "energy_j": 0.3 * ms,
+        "state_bytes": 3_538_944 if ours else 36_864 * seqlen, "flops": 2.6e8 * seqlen, "energy_joules": 0.3 * ms,
+        "least_ms": ms / 4, "of_least": 0.25,
     }  # fmt: skip
 
 
@@ -111,16 +121,31 @@ def write_controlled(path: Path) -> Path:
         for arm, means in arms.items():
             for x, mean in means.items():
                 ends = {"low95": max(0.0, mean - 0.06), "high95": min(1.0, mean + 0.06)}
-                summary.append({"task": task, "arm": arm, "x": x, "x_name": x_name, "mean": mean, "seeds": 3} | ends)
+                summary.append(
+                    {
+                        "task": task,
+                        "arm": arm,
+                        "x": x,
+                        "x_name": x_name,
+                        "mean": mean,
+                        "seeds": 3,
+                        "d_state": 16 if arm == "mamba" else None,
+                    }
+                    | ends
+                )
                 rows += [
                     {"task": task, "arm": arm, "parameters": 4_000_000, "x": x, "x_name": x_name, "seed": seed,
-                     "accuracy": mean, "n": 1000}
+                     "accuracy": mean, "n": 1000, "trained_x": [3, 5] if x_name == "digits" else list(means)}
                     for seed in (0, 1, 2)
                 ]  # fmt: skip
     predictions = [
         {"task": "copying", "text": "Mamba loses: its state is fixed, the Transformer’s cache grows with the pairs."},
         {"task": "addition_reversed", "text": "Both learn it; beyond the trained length Mamba keeps more."},
     ]
-    results = {"rows": rows, "summary": summary, "predictions": predictions}
+    verdicts = [{"task": "copying", "prediction": predictions[0]["text"], "held": True, "text": "as predicted"}]
+    results = {
+        "rows": rows, "summary": summary, "predictions": predictions, "verdicts": verdicts, "question": "Who copies?",
+        "runs": {"planned": 14, "finished": 12}, "notes": ["copying, mamba: the rate 0.003 is the largest tried"],
+    }  # fmt: skip
     write_record(path, record("controlled", "synthetic", {}, results))
     return path

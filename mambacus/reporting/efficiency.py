@@ -16,34 +16,42 @@ from mambacus.reporting.table import Cell, Table, make_table
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One quantity over length: its key in the rows, its name, a value in words, the base of its axis' ticks."""
+    """One quantity over length.
+
+    Attributes:
+        key: its key in the rows.
+        title: its name.
+        text: a value in words.
+        crossing: the quantity whose crossings are its own.
+        base: its axis has ticks at powers of this.
+    """
 
     key: str
     title: str
     text: Callable[[Any], str]
+    crossing: str
     base: int = 10
 
 
 METRICS = (
-    Metric("median_ms", "Time", milliseconds),
-    Metric("tokens_per_second", "Tokens per second", rate),
-    Metric("peak_memory_bytes", "Peak memory", size, base=2),
-    Metric("state_bytes", "State or key-value cache", size, base=2),
-    Metric("energy_j", "Energy", energy),
+    Metric("median_ms", "Time", milliseconds, "tokens_per_second"),
+    Metric("tokens_per_second", "Tokens per second", rate, "tokens_per_second"),
+    Metric("peak_memory_bytes", "Peak memory", size, "peak_memory_bytes", base=2),
+    Metric("state_bytes", "State or key-value cache", size, "state_bytes", base=2),
+    Metric("energy_joules", "Energy", energy, "energy_joules"),
 )
-Group = tuple[int, str, str, int]  # record, benchmark, dtype, batch
+CASE = ("benchmark", "model", "dtype", "batch", "method", "new_tokens")  # what a figure holds fixed beside the record
 
 
 def efficiency_figures(rows: Sequence[Timing]) -> list[Figure]:
-    """Return one figure per record, benchmark, dtype and batch that was measured at several lengths."""
-    groups: dict[Group, list[Timing]] = {}
+    """Return one figure per record and case that was measured at several lengths."""
+    groups: dict[tuple[Any, ...], list[Timing]] = {}
     for one in rows:
-        key = (one.source.number, str(one.row["benchmark"]), str(one.row["dtype"]), int(one.row["batch"]))
-        groups.setdefault(key, []).append(one)
+        groups.setdefault((one.source.number, *(one.row.get(key) for key in CASE)), []).append(one)
     colours = _colours(rows)
     return [
-        _figure(key, members, colours)
-        for key, members in groups.items()
+        _figure(members, colours)
+        for members in groups.values()
         if len({one.row["seqlen"] for one in members}) >= CURVE_LENGTHS
     ]
 
@@ -54,13 +62,15 @@ def _colours(rows: Sequence[Timing]) -> dict[str, int]:
     return {name: 1 + place % 7 for place, name in enumerate(names)}
 
 
-def _figure(key: Group, rows: Sequence[Timing], colours: dict[str, int]) -> Figure:
-    record, benchmark, dtype, batch = key
-    models = list(dict.fromkeys(f"{one.row['implementation']}: {one.row.get('model', '')}" for one in rows))
-    found = [crossing for crossing in crossovers(rows[0].source) if _belongs(crossing, key)]
+def _figure(rows: Sequence[Timing], colours: dict[str, int]) -> Figure:
+    source, row = rows[0].source, rows[0].row
+    found = [crossing for crossing in crossovers(source) if all(crossing[key] == row.get(key) for key in _SHARED)]
     charts = [chart for metric in METRICS if (chart := _chart(metric, rows, colours, found)) is not None]
-    title = f"{benchmark.capitalize()}, batch {batch}, {dtype} [{record}]"
-    return Figure(f"{benchmark} {batch} {dtype} {record}", title, tuple(charts), ("; ".join(models) + ".",))
+    parts = [f"{row['model']}", f"batch {row['batch']}", str(row["dtype"])]
+    parts += ["LoRA"] if row.get("method") == "lora" else []
+    parts += [f"{row['new_tokens']} new tokens"] if row.get("new_tokens") else []
+    title = f"{row['benchmark'].capitalize()}: {', '.join(parts)}"
+    return Figure(f"{title} {source.number}", f"{title} [{source.number}]", tuple(charts))
 
 
 def _chart(
@@ -77,7 +87,7 @@ def _chart(
     if any(one.failures for one in series):  # room for their crosses
         values.append(max(values) * max(max(values) / min(values), 2.0) ** 0.15)
     across = steps_scale((one.row["seqlen"] for one in rows), lambda value: f"{value:,.0f}")
-    marks = [_mark(c, metric) for c in crossings if c["metric"] == metric.key and c["seqlen"]]
+    marks = [_mark(c, metric) for c in crossings if c["metric"] == metric.crossing and c["seqlen"]]
     return make_chart(
         metric.title, ("tokens", across), ("", log_scale(values, metric.text, base=metric.base)), series, marks
     )
@@ -85,7 +95,8 @@ def _chart(
 
 def _mark(crossing: dict[str, Any], metric: Metric) -> Crossing:
     at = f"{crossing['seqlen']:,.0f}"
-    tip = f"{metric.title}: {crossing['ours']} and {crossing['peer']} are equal at about {at} tokens"
+    mode = ", both as graphs" if crossing["graph"] else ""
+    tip = f"{metric.title}: {crossing['ours']} and {crossing['peer']}{mode} are equal at about {at} tokens"
     return Crossing(float(crossing["seqlen"]), f"equal at {at}", tip)
 
 
@@ -101,13 +112,13 @@ def _series(metric: Metric, who: str, colour: int, graph: bool, rows: Sequence[T
 
 
 def crossovers(source: Source) -> list[dict[str, Any]]:
-    """Return a record's crossings: ``{benchmark, batch, dtype, metric, ours, peer, seqlen or None, note}``."""
+    """Return a record's crossings.
+
+    Each is ``{benchmark, batch, dtype, method, graph, metric, ours, peer, seqlen, note}``; ``seqlen`` is None where
+    the curves do not cross.
+    """
     found: list[dict[str, Any]] = source.record.results.get("crossovers", [])
     return found
-
-
-def _belongs(crossing: dict[str, Any], key: Group) -> bool:
-    return (crossing["benchmark"], crossing["dtype"], crossing["batch"]) == key[1:]
 
 
 def crossover_table(sources: Sequence[Source]) -> Table:
@@ -116,17 +127,23 @@ def crossover_table(sources: Sequence[Source]) -> Table:
     body: list[list[Cell | str]] = [
         [
             Cell(titles.get(c["metric"], c["metric"]), f"{c['benchmark']}{reference([source.number])}"),
-            f"{c['batch']:,}", str(c["dtype"]), str(c["ours"]), str(c["peer"]),
-            "none" if c["seqlen"] is None else f"{c['seqlen']:,.0f}", str(c.get("note", "")),
+            f"{c['batch']:,}",
+            str(c["dtype"]) + (", LoRA" if c["method"] == "lora" else ""),
+            "graph" if c["graph"] else "eager",
+            str(c["ours"]),
+            str(c["peer"]),
+            "none" if c["seqlen"] is None else f"{c['seqlen']:,.0f}",
+            str(c["note"]),
         ]
         for source in of_kind(sources, "bench")
         for c in crossovers(source)
-    ]  # fmt: skip
-    columns = ("Quantity", "#Batch", "dtype", "Ours", "Peer", "#Equal at, tokens", "")
+    ]
+    columns = ("Quantity", "#Batch", "dtype", "Mode", "Ours", "Peer", "#Equal at, tokens", "Who is ahead")
     return make_table("crossovers", columns, body, title="Where the curves cross", about=_CROSSING)
 
 
+_SHARED = ("benchmark", "batch", "dtype", "method")
 _CROSSING = (
-    "Interpolated between measured lengths on logarithmic axes; “none” means that one side leads at every "
-    "length that both finished."
+    "Interpolated between measured lengths on logarithmic axes; “none” means that one side leads at every length that "
+    "both finished."
 )

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from mambacus.reporting.charts import Figure, training_figure
-from mambacus.reporting.controlled import controlled_figures, controlled_table
+from mambacus.reporting.controlled import controlled_figures, controlled_notes, controlled_table
 from mambacus.reporting.efficiency import crossover_table, efficiency_figures
 from mambacus.reporting.lineup import Lineup
 from mambacus.reporting.panels import Panel
@@ -72,7 +72,7 @@ def sections(
         ),
         Section(
             "controlled", "The controlled study", "Controlled study", _CONTROLLED, (controlled_table(sources),),
-            tuple(controlled_figures(sources)),
+            tuple(controlled_figures(sources)), notes=controlled_notes(sources),
         ),
         Section(
             "training", "Training", "Training", "",
@@ -122,6 +122,7 @@ _EFFICIENCY = (
     "failed, hover names the reason. A vertical line marks the length at which two curves meet."
 )
 _SPEED = (
-    "Medians; under each the range and the number of runs. The ratio is to the slowest implementation measured"
-    " in the same record for the same case."
+    "Medians; under each the range and the number of runs. The ratio is to the slowest implementation measured in the "
+    "same record for the same case. The limit is the least time that the machine’s measured copy bandwidth and matrix "
+    "speed allow for the bytes and operations of the case."
 )

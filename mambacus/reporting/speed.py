@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mambacus.reporting.charts import Figure, Series, Value, make_chart
-from mambacus.reporting.formats import count, energy, milliseconds, number, rate, reference, size
+from mambacus.reporting.formats import count, energy, milliseconds, number, percent, rate, reference, size
 from mambacus.reporting.scales import log_scale, steps_scale
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.table import Cell, Table, filled, make_table
@@ -30,10 +30,8 @@ class Timing:
 
     @property
     def case(self) -> tuple[Any, ...]:
-        """What must be equal for two implementations to be compared; models of matched size may differ in name."""
-        keys = ["benchmark", "dtype", "batch", "seqlen", "new_tokens"]
-        if self.source.record.config.get("what") != "lengths":
-            keys.append("model")
+        """What must be equal for two implementations to be compared."""
+        keys = ("benchmark", "model", "dtype", "batch", "seqlen", "new_tokens", "method", "logits", "samples")
         return (self.source.number, *(self.row.get(key) for key in keys))
 
 
@@ -67,20 +65,22 @@ def speed_table(rows: Sequence[Timing]) -> Table:
             slowest[one.case] = min(slowest.get(one.case, math.inf), speed)
     columns = (
         "Benchmark", "Implementation", "dtype", "#Batch × tokens", "#Median", "#Tokens/s", "#Ratio", "#Peak memory",
-        "#State or cache", "#FLOPs", "#Energy", "Device",
+        "#State or cache", "#FLOPs", "#Of the limit", "#Energy", "Device",
     )  # fmt: skip
     return filled(make_table("speed", columns, (_speed_row(one, slowest.get(one.case)) for one in rows)))
 
 
 def _speed_row(one: Timing, slowest: float | None) -> list[Cell | str]:
     row = one.row
-    shape = f"{row['batch']} × {row['seqlen']:,}" + (f" + {row['new_tokens']}" if row.get("new_tokens") else "")
+    rows = f"1 → {row['samples']}" if row.get("samples") else f"{row['batch']:,}"
+    shape = f"{rows} × {row['seqlen']:,}" + (f" + {row['new_tokens']:,}" if row.get("new_tokens") else "")
+    name = " ".join([str(row["benchmark"]), *(["LoRA"] if row.get("method") == "lora" else [])])
     head: list[Cell | str] = [
-        Cell(str(row["benchmark"]), f"{row.get('model', one.source.label)}{reference([one.source.number])}"),
+        Cell(name, f"{row.get('model', one.source.label)}{reference([one.source.number])}"),
         one.who, str(row["dtype"]), shape,
     ]  # fmt: skip
     if row.get("error"):
-        return [*head, Cell(str(row["error"]), style="error"), *[""] * 6, str(row.get("device", ""))]
+        return [*head, Cell(str(row["error"]), style="error"), *[""] * 7, str(row.get("device", ""))]
     samples = [float(ms) for ms in row.get("samples_ms", [])]
     spread = f"{min(samples):,.1f} to {max(samples):,.1f}, {len(samples)} runs" if samples else ""
     ratio = float(row["tokens_per_second"]) / slowest if slowest else 1.0
@@ -92,7 +92,8 @@ def _speed_row(one: Timing, slowest: float | None) -> list[Cell | str]:
         size(row.get("peak_memory_bytes")),
         size(row.get("state_bytes")),
         count(row.get("flops")),
-        energy(row.get("energy_j")),
+        percent(row.get("of_least")),
+        energy(row.get("energy_joules")),
         str(row.get("device", "")),
     ]
 

@@ -128,7 +128,7 @@ def test_the_page_works_in_a_browser(page, tmp_path, width, scheme):
     assert found["without"] == "mambacus\n65,536 tokens: 655 ms" and found["left"] == 0
     assert re.match(r"tiny\+lora\nstep (59\d|600): loss 0\.", found["loss"])
     assert '"Word problems (tiny [13])","600","26"' in found["csv"]
-    assert found["crossovers"].count("\r\n") == 6 and '"4,096","ours is faster beyond"' in found["crossovers"]
+    assert found["crossovers"].count("\r\n") == 6 and '"4,096","mambacus is better above"' in found["crossovers"]
     assert found["width"] <= 0, "the page scrolls sideways"
 
 

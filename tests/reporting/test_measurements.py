@@ -33,7 +33,12 @@ def test_records_of_measurements_alone_make_a_page(page):
 def test_efficiency_has_a_figure_per_benchmark_with_every_quantity(page):
     figures = page.section("efficiency").figures
     assert [figure.title for figure in figures] == [
-        f"{name}, batch 1, bfloat16 [1]" for name in ("Prefill", "Train", "Decode")
+        f"{name} [1]"
+        for name in (
+            "Prefill: 130m, batch 1, bfloat16",
+            "Train: 130m, batch 1, bfloat16",
+            "Decode: 130m, batch 1, bfloat16, 64 new tokens",
+        )
     ]
     titles = [chart.title for chart in figures[0].charts]
     assert titles == ["Time", "Tokens per second", "Peak memory", "State or key-value cache", "Energy"]
@@ -73,8 +78,17 @@ def test_out_of_memory_is_a_mark_and_not_a_gap(page):
 
 def test_crossings_are_listed_and_so_is_their_absence(page):
     rows = [[cell.text for cell in row] for row in page.section("efficiency").tables[0].rows]
-    assert rows[0] == ["Time", "1", "bfloat16", "mambacus", "pythia-160m", "4,096", "ours is faster beyond"]
-    assert rows[1][0] == "State or key-value cache" and rows[1][5] == "none"
+    assert rows[0] == [
+        "Tokens per second",
+        "1",
+        "bfloat16",
+        "eager",
+        "mambacus",
+        "pythia-160m",
+        "4,096",
+        "mambacus is better above",
+    ]
+    assert rows[1][0] == "State or key-value cache" and rows[1][6] == "none"
 
 
 def test_speed_table_compares_models_of_matched_size_at_one_length(page):
@@ -83,6 +97,7 @@ def test_speed_table_compares_models_of_matched_size_at_one_length(page):
     last = [row for row in rows if row["Benchmark"] == "prefill" and row["Batch × tokens"] == "1 × 16,384"]
     assert [row["Ratio"] for row in last] == ["4.00 ×", "8.00 ×", "1.00 ×"]
     assert last[2]["State or cache"] == "576 MiB" and last[0]["FLOPs"] == "4.26 T"
+    assert last[0]["Of the limit"] == "25.0 %" and last[0]["Energy"] == "49.2 J"
     assert [row["Median"] for row in rows if row["Batch × tokens"] == "1 × 65,536"][2] == "out of memory"
 
 
@@ -127,15 +142,24 @@ def test_controlled_study_draws_intervals_beside_what_was_predicted(page):
     copying = section.figures[0]
     assert copying.notes == (
         "Predicted: Mamba loses: its state is fixed, the Transformer’s cache grows with the pairs.",
+        "Found: as predicted",
     )
     mamba, transformer = copying.charts[0].curves
-    assert (mamba.label, transformer.label) == ("Mamba", "Transformer")
+    assert (mamba.label, transformer.label) == ("Mamba, state 16", "Transformer")
     assert mamba.points[-1].y > transformer.points[-1].y  # less accuracy stands lower
     top, bottom = mamba.points[-1].span
     assert top < mamba.points[-1].y < bottom
-    assert mamba.points[-1].tip == "Mamba\npairs 512: 10.0 %, 95 % 4.0 % to 16.0 %, 3 seeds"
+    assert mamba.points[-1].tip == "Mamba, state 16\npairs 512: 10.0 %, 95 % 4.0 % to 16.0 %, 3 seeds"
     rows = [[cell.text for cell in row] for row in section.tables[0].rows]
     assert rows[3] == ["Copying", "512", "10.0 %", "95.0 %"]
+    assert copying.charts[0].crossings == ()
+    (trained,) = section.figures[1].charts[0].crossings
+    assert trained.text == "trained up to 5" and trained.x == section.figures[1].charts[0].curves[0].points[1].x
+    assert section.notes == (
+        "Who copies? [4]",
+        "Only 12 of 14 runs are finished [4].",
+        "copying, mamba: the chosen rate 0.003 is the largest tried [4].",
+    )
 
 
 def test_rows_of_the_training_script_are_drawn_too(tmp_path: Path):
