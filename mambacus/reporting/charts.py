@@ -100,11 +100,20 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """Plots that share one legend, with a sentence under them."""
+    """Plots that share one legend.
+
+    Attributes:
+        name: used for files.
+        title: heading.
+        charts: the plots.
+        numbers: the records they were read from.
+        notes: sentences beside them.
+    """
 
     name: str
     title: str
     charts: tuple[Chart, ...]
+    numbers: tuple[int, ...]
     notes: tuple[str, ...] = ()
 
     @property
@@ -160,7 +169,7 @@ def training_figure(runs: Sequence[tuple[Source, int]]) -> Figure | None:
     steps = linear_scale((value.x for one in series for value in one.values), _plain, zero=True, tight=True)
     up = linear_scale(losses, _plain, zero=min(losses) < 0.5 * max(losses))
     chart = make_chart("Loss", ("optimiser steps", steps), ("nats a token", up), series)
-    return Figure("training", "Training loss", (chart,))
+    return Figure("training", "Training loss", (chart,), tuple(source.number for source, _ in runs))
 
 
 def _losses(source: Source, colour: int) -> Series:

@@ -26,8 +26,8 @@ def controlled_figures(sources: Sequence[Source]) -> list[Figure]:
             rows = [row for row in results["summary"] if (row["task"], row["x_name"]) == (task, x_name)]
             trained = [x for row in results["rows"] if row["task"] == task for x in row.get("trained_x", ())]
             chart = _chart(x_name, rows, max(trained, default=None))
-            title = f"{_words(task)}{reference([source.number])}"
-            figures.append(Figure(f"controlled {task} {source.number}", title, (chart,), _beside(results, task)))
+            name, numbers = f"controlled {task} {source.number}", (source.number,)
+            figures.append(Figure(name, _words(task), (chart,), numbers, _beside(results, task)))
     return figures
 
 

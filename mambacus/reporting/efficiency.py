@@ -70,7 +70,7 @@ def _figure(rows: Sequence[Timing], colours: dict[str, int]) -> Figure:
     parts += ["LoRA"] if row.get("method") == "lora" else []
     parts += [f"{row['new_tokens']} new tokens"] if row.get("new_tokens") else []
     title = f"{row['benchmark'].capitalize()}: {', '.join(parts)}"
-    return Figure(f"{title} {source.number}", f"{title} [{source.number}]", tuple(charts))
+    return Figure(f"{title} {source.number}", title, tuple(charts), (source.number,))
 
 
 def _chart(

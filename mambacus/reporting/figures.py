@@ -165,7 +165,7 @@ def _figure(figure: Figure) -> Any:
 
 def _chart(chart: Chart, plot: Any) -> None:
     for curve in chart.curves:
-        style: dict[str, Any] = {"color": COLOURS[curve.colour], "clip_on": False}
+        style: dict[str, Any] = {"color": COLOURS[curve.colour], "clip_on": False, "in_layout": False}
         marker = MARKERS[curve.colour % len(MARKERS)] if curve.dots else ""
         xs, ys = [point.x for point in curve.points], [point.y for point in curve.points]
         line = "--" if curve.dashed else "-"

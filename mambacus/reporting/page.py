@@ -11,6 +11,7 @@ import jinja2
 
 from mambacus import __version__
 from mambacus.reporting.compare import ALPHA, Comparison, Uncompared, compare, conclusion
+from mambacus.reporting.formats import reference
 from mambacus.reporting.lineup import Lineup, line_up
 from mambacus.reporting.panels import Panel, change_panels
 from mambacus.reporting.published import NOTHING, Published, find_published
@@ -133,7 +134,7 @@ def render(page: Page) -> str:
         loader=jinja2.DictLoader(read),
     )
     return environment.get_template("page.html").render(
-        page=page, css=read["page.css"], script=read["page.js"], version=__version__, alpha=ALPHA
+        page=page, css=read["page.css"], script=read["page.js"], version=__version__, alpha=ALPHA, reference=reference
     )
 
 

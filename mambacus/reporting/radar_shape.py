@@ -84,7 +84,7 @@ def radar(
     polygons = tuple(polygon for polygon in made if polygon.marks)
     notes = [note for label in labels for axis in found if (note := _off_axis(label, axis, scores))]
     if any(polygon.published for polygon in polygons):
-        notes.append(f"Rings without a filling: published figures, not measured here ({published.short}).")
+        notes.append(f"Large hollow marks: published figures, not measured here ({published.short}).")
     values = _values(title, scores, [polygon.label for polygon in polygons], found, published)
     return Radar(title, spokes, rings, polygons, values, tuple(notes))
 

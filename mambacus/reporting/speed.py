@@ -165,9 +165,9 @@ def scan_figures(rows: Sequence[tuple[Source, dict[str, Any]]]) -> list[Figure]:
         series = [one for one in _scan_series([row for _, row in members]) if one.values]
         across = steps_scale((row["shape"][2] for _, row in members), _length)
         up = log_scale((value.y for one in series for value in one.values), milliseconds)
-        title = f"Selective scan over length: batch {batch}, {channels:,} channels, {dtype} [{record}]"
+        title = f"Selective scan over length: batch {batch}, {channels:,} channels, {dtype}"
         chart = make_chart("Time", ("tokens", across), ("", up), series)
-        figures.append(Figure(f"scan {record} {batch} {channels} {dtype}", title, (chart,)))
+        figures.append(Figure(f"scan {record} {batch} {channels} {dtype}", title, (chart,), (record,)))
     return figures
 
 

@@ -72,6 +72,7 @@ def sweep_panels(points: Sequence[Setting]) -> list[Panel]:
     panels = []
     for what in _checks(points):
         bars, better = [], "higher"
+        scale, unit = (100.0, " points") if _is_share(what) else (1.0, "")
         for point in points:
             rows = point.checks(what)
             if rows:
@@ -80,9 +81,10 @@ def sweep_panels(points: Sequence[Setting]) -> list[Panel]:
                 text = _change(what, change)
                 tip = f"{point.name}\n{_title(what)}: {text}, 95 % {_change(what, low)} to {_change(what, high)}"
                 dots = tuple(float(row["change"]) for row in rows) if len(rows) > 1 else ()
-                bars.append(Interval(point.name, low, high, change, text, tip, _verdict(low, high, better), dots))
-        scale, unit = (100.0, "points") if _is_share(what) else (1.0, "")
-        note = f"change in training{f', {unit}' if unit else ''}" + ("" if better == "higher" else "; lower is better")
+                bars.append(
+                    Interval(point.name, low, high, change, text + unit, tip, _verdict(low, high, better), dots)
+                )
+        note = "change in training" + ("" if better == "higher" else "; lower is better")
         panel = make_panel(_title(what), note, bars, scale, flip=better == "lower")
         if panel is not None:
             panels.append(panel)

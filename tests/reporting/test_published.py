@@ -66,7 +66,7 @@ def test_tables_mark_them_and_the_best_is_still_a_measured_one(folder):
     assert "arXiv:2312.00752" in scores.about
 
 
-def test_radar_draws_them_as_rings_on_axes_that_hold_them(folder):
+def test_radar_draws_them_as_hollow_marks_on_axes_that_hold_them(folder):
     (radar,) = build(collect([folder])).radars
     plain, tuned = radar.polygons
     assert len(plain.published) == 4 and tuned.published == ()
