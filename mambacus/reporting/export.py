@@ -12,7 +12,8 @@ from mambacus.runtime.records import write_bytes_atomic
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "−": "$-$", "×": r"$\times$", "→": r"$\rightarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
+    "|": r"\textbar{}", "[": "{[}", "]": "{]}",
+    "−": "$-$", "×": r"$\times$", "→": r"$\rightarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
     "\N{NO-BREAK SPACE}": "~", "·": r"$\cdot$", "–": "--", "…": r"\ldots{}", "“": "``", "”": "''", "’": "'",
     "≈": r"$\approx$", "±": r"$\pm$",
     "⁻": r"$^{-}$",

@@ -53,8 +53,8 @@ def draw(page: Page, folders: Mapping[str, Path]) -> list[Path]:
     with plt.rc_context(_STYLE):  # type: ignore[arg-type]
         for name, make in _drawings(page):
             figure = make()
-            for kind, folder in folders.items():
-                path = folder / f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', name).strip('-')}.{kind}"
+            for kind in sorted(folders, reverse=True):  # SVG first: after a PNG its last digits would differ
+                path = folders[kind] / f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', name).strip('-')}.{kind}"
                 metadata = {"Date": None} if kind == "svg" else None  # the same page gives the same file
                 figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.15, metadata=metadata)
                 files.append(path)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from synthetic_records import coin, flip, record, texts, write_evaluate, write_record, write_solve, write_study
+from synthetic_records import coin, flip, record, texts, write_evaluate, write_record, write_solve
 
 from mambacus.reporting.page import Page, build, render
 from mambacus.reporting.sources import collect
@@ -41,16 +41,6 @@ class Reader(html.parser.HTMLParser):
     def handle_endtag(self, tag):
         assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
         self.open.pop()
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_study(tmp_path_factory.mktemp("study"))
-
-
-@pytest.fixture(scope="module")
-def page(study: Path) -> Page:
-    return build(collect([study]), root=study)
 
 
 @pytest.fixture(scope="module")
