@@ -52,6 +52,11 @@ class Spoke:
     label_y: float
     anchor: str
 
+    @property
+    def room(self) -> float:
+        """Percent of the square between the label and the edge it grows towards."""
+        return round(self.label_x if self.anchor == "end" else 100 - self.label_x, 3)
+
 
 @dataclasses.dataclass(frozen=True)
 class Radar:
