@@ -57,7 +57,7 @@ def _chart(x_name: str, rows: Sequence[dict[str, Any]], trained: float | None) -
 
 
 def _value(row: dict[str, Any], x_name: str) -> Value:
-    tip = f"{_label(_arm(row))}\n{_words(x_name).lower()} {row['x']:,g}: {percent(row['mean'])}, {_span(row)}"
+    tip = f"{_label(_arm(row))}\n{_words(x_name).lower()} {row['x']:,g}: {percent(row['mean'])}, 95 %: {_span(row)}"
     return Value(float(row["x"]), float(row["mean"]), tip, number(row["low95"]), number(row["high95"]))
 
 
@@ -96,7 +96,7 @@ def _cell(row: dict[str, Any] | None) -> Cell:
 def _span(row: dict[str, Any]) -> str:
     if row["low95"] is None or row["high95"] is None:
         return "one seed, no interval"
-    return f"95 % {percent(row['low95'])} to {percent(row['high95'])}, {row['seeds']} seeds"
+    return f"{percent(row['low95'])} to {percent(row['high95'])}, {row['seeds']} seeds"
 
 
 def _arm(row: dict[str, Any]) -> Arm:

@@ -149,9 +149,10 @@ def test_controlled_study_draws_intervals_beside_what_was_predicted(page):
     assert mamba.points[-1].y > transformer.points[-1].y  # less accuracy stands lower
     top, bottom = mamba.points[-1].span
     assert top < mamba.points[-1].y < bottom
-    assert mamba.points[-1].tip == "Mamba, state 16\npairs 512: 10.0 %, 95 % 4.0 % to 16.0 %, 3 seeds"
+    assert mamba.points[-1].tip == "Mamba, state 16\npairs 512: 10.0 %, 95 %: 4.0 % to 16.0 %, 3 seeds"
     rows = [[cell.text for cell in row] for row in section.tables[0].rows]
     assert rows[3] == ["Copying", "512", "10.0 %", "95.0 %"]
+    assert section.tables[0].rows[3][2].note == "4.0 % to 16.0 %, 3 seeds"
     assert copying.charts[0].crossings == ()
     (trained,) = section.figures[1].charts[0].crossings
     assert trained.text == "trained up to 5" and trained.x == section.figures[1].charts[0].curves[0].points[1].x
