@@ -22,37 +22,43 @@ class Config:
     records: tuple[str, ...] = opt((), "record files, or folders searched for them", positional=True, metavar="RECORD")
     out: Path = opt(Path("report.html"), "the HTML page to write; its own record goes beside it", metavar="FILE.html")
     png: Path | None = opt(None, "folder for the plots as PNG", metavar="DIR")
+    svg: Path | None = opt(None, "folder for the plots as SVG", metavar="DIR")
+    tables: Path | None = opt(None, "folder for the tables as Markdown and LaTeX (booktabs)", metavar="DIR")
     title: str = opt("", "heading (default: the study's title)")
     pairs: tuple[str, ...] = opt((), "labels compared, as base=tuned (default: found in the records)")
+    published: bool = opt(True, "show figures that others published beside measured ones, marked as such")
     overwrite: bool = opt(False, "replace an existing page")
 
 
 def run(config: Config) -> Record:
-    """Draw the page, the PNG files if asked for, and the record of both.
+    """Draw the page, the plots and tables as files if asked for, and the record of all.
 
     Returns:
         A record of kind ``report``: ``results`` holds ``sources`` (files read), ``comparisons`` (every paired
-        comparison on the page), ``headline``, ``checks`` and ``notices`` (sentences on the page), ``page_bytes`` and
-        ``figures`` (PNG files).
+        comparison on the page), ``headline``, ``checks`` and ``notices`` (sentences on the page), ``page_bytes``,
+        ``published`` (figures of others that the page shows), ``figures`` and ``tables`` (files).
 
     Raises:
         UserError: a file that is no record, a folder without any, an unknown label, or an existing page without
             ``overwrite``. The record of a measurement is never overwritten.
     """
+    from mambacus.reporting.export import write_tables
     from mambacus.reporting.page import build, render
     from mambacus.reporting.sources import collect
 
     watch = Stopwatch()
     _check_outputs(config)
     sources = collect(config.records)
-    page = build(sources, title=config.title, pairs=config.pairs, root=config.out.parent)
+    page = build(sources, title=config.title, pairs=config.pairs, root=config.out.parent, published=config.published)
     html = render(page).encode()
     write_bytes_atomic(config.out, html)
     figures: list[Path] = []
-    if config.png is not None:
+    folders = {kind: folder for kind, folder in (("png", config.png), ("svg", config.svg)) if folder is not None}
+    if folders:
         from mambacus.reporting.figures import draw
 
-        figures = draw(page, config.png)
+        figures = draw(page, folders)
+    tables = write_tables(page.tables, config.tables) if config.tables is not None else []
     results = {
         "sources": [str(source.path) for source in sources],
         "comparisons": [
@@ -62,7 +68,12 @@ def run(config: Config) -> Record:
         "checks": list(page.checks),
         "notices": list(page.notices),
         "page_bytes": len(html),
+        "published": [
+            {"label": label, "task": task, "metric": metric, "value": value, "source": page.published.source}
+            for (label, task, metric), value in page.published.values.items()
+        ],
         "figures": [str(figure) for figure in figures],
+        "tables": [str(table) for table in tables],
     }
     record = watch.record("report", page.title, config, results)
     write_record(config.out.with_suffix(".json"), record)
@@ -79,8 +90,9 @@ def _check_outputs(config: Config) -> None:
         )
     for path in (config.out, record):
         claim_file(path, overwrite=config.overwrite)
-    if config.png is not None:
-        check_writable(config.png, "--png")
+    for flag, folder in (("--png", config.png), ("--svg", config.svg), ("--tables", config.tables)):
+        if folder is not None:
+            check_writable(folder, flag)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -95,4 +107,6 @@ def main(argv: Sequence[str]) -> None:
     print(f"{len(results['sources'])} records, {len(results['comparisons'])} paired comparisons")
     for figure in results["figures"]:
         print(f"figure: {figure}")
+    if config.tables is not None:
+        print(f"tables: {len(results['tables'])} files in {config.tables}")
     print(f"page:   {config.out} ({results['page_bytes'] / 1024:.0f} KiB)")

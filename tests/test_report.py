@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from synthetic_records import write_solve, write_study
@@ -17,29 +18,71 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_study(tmp_path_factory.mktemp("study"))
 
 
-def test_page_figures_and_record(study, tmp_path, capsys):
-    out = tmp_path / "page.html"
-    assert main(["report", str(study), "--out", str(out), "--png", str(tmp_path / "png")]) == 0
-    assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
-    names = sorted(path.name for path in (tmp_path / "png").iterdir())
-    assert names == ["change-tiny-tiny+lora.png", "radar.png", "training.png"]
-    assert all((tmp_path / "png" / name).read_bytes()[:4] == b"\x89PNG" for name in names)
-    record = read_record(tmp_path / "page.json")
+@pytest.fixture(scope="module")
+def drawn(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with page, record, plots and tables."""
+    folder = tmp_path_factory.mktemp("drawn")
+    extras = [word for flag in ("png", "svg", "tables") for word in (f"--{flag}", str(folder / flag))]
+    assert main(["report", str(study), "--out", str(folder / "page.html"), *extras]) == 0
+    return folder
+
+
+def test_page_and_record(drawn):
+    assert (drawn / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    record = read_record(drawn / "page.json")
     assert len(record.results["sources"]) == 11
     gain = next(row for row in record.results["comparisons"] if row["task"] == "wordproblems")
     assert (gain["gained"], gain["lost"], gain["verdict"]) == (430, 2, "better")
-    assert "11 records, 6 paired comparisons" in capsys.readouterr().out
 
 
-def test_no_torch_is_imported(study, tmp_path):
+def test_plots_and_tables_are_files(drawn):
+    names = ["change-tiny-tiny+lora", "radar", "training"]
+    assert sorted(path.name for path in (drawn / "png").iterdir()) == [f"{name}.png" for name in names]
+    assert sorted(path.name for path in (drawn / "svg").iterdir()) == [f"{name}.svg" for name in names]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in (drawn / "png").iterdir())
+    assert all(ElementTree.fromstring(path.read_bytes()).tag.endswith("svg") for path in (drawn / "svg").iterdir())
+    tables = {path.name for path in (drawn / "tables").iterdir()}
+    assert {"before-after-tiny+lora.tex", "solving.md", "all-scores.tex"} <= tables
+    results = read_record(drawn / "page.json").results
+    assert {Path(path).name for path in results["figures"]} == {f"{n}.{kind}" for n in names for kind in ("png", "svg")}
+    assert {Path(path).name for path in results["tables"]} == tables
+
+
+WITHOUT = """
+import importlib.abc, importlib.metadata, sys
+
+ABSENT = {"torch", "transformers", "numba", "lm_eval", "peft", "datasets", "triton"}
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+found = importlib.metadata.version
+def version(name):
+    if name in ABSENT:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+
+sys.meta_path.insert(0, Absent())
+importlib.metadata.version = version
+from mambacus.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_reader_without_torch_draws_the_same_page(study, drawn, tmp_path):
     out = tmp_path / "page.html"
-    code = (
-        "import sys; from mambacus.cli import main; "
-        f"assert main(['report', {str(study)!r}, '--out', {str(out)!r}, '--png', {str(tmp_path)!r}]) == 0; "
-        "heavy = {'torch', 'transformers', 'numba', 'lm_eval'} & set(sys.modules); assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    extras = ["--svg", str(tmp_path / "svg"), "--tables", str(tmp_path / "tables")]
+    command = [sys.executable, "-c", WITHOUT, "report", str(study), "--out", str(out), *extras]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "11 records, 6 paired comparisons" in done.stdout
+    assert read_record(out.with_suffix(".json")).environment["packages"]["torch"] is None
+    assert out.read_bytes() == (drawn / "page.html").read_bytes()
+    for folder in ("svg", "tables"):
+        for path in (drawn / folder).iterdir():
+            assert (tmp_path / folder / path.name).read_bytes() == path.read_bytes()
 
 
 def test_drawing_a_folder_again_passes_over_earlier_reports(study, tmp_path):

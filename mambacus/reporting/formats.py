@@ -61,11 +61,13 @@ def rate(value: Any) -> str:
 
 
 def size(value: Any) -> str:
-    """Return bytes in MiB or GiB, or a dash."""
+    """Return bytes in KiB, MiB or GiB, or a dash."""
     found = number(value)
     if found is None:
         return "–"
-    return f"{found / 2**30:.2f} GiB" if found >= 2**30 else f"{found / 2**20:.0f} MiB"
+    if found >= 2**30:
+        return f"{_three(found / 2**30)} GiB"
+    return f"{_three(found / 2**20)} MiB" if found >= 2**20 else f"{_three(found / 2**10)} KiB"
 
 
 def duration(seconds: Any) -> str:
@@ -87,3 +89,33 @@ def p_text(p: float) -> str:
         return "< 10⁻³⁰⁰"
     digit, _, power = f"{p:.0e}".partition("e")
     return f"{digit} × 10{str(int(power)).translate(_RAISED)}"
+
+
+def count(value: Any) -> str:
+    """Return a large count with three digits and a prefix, for example ``26.2 T``; or a dash."""
+    found = number(value)
+    if found is None:
+        return "–"
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if found >= 10**power:
+            return f"{found / 10**power:.3g} {prefix}"
+    return f"{found:,.0f}"
+
+
+def milliseconds(value: Any) -> str:
+    """Return milliseconds with three digits, as seconds from 10,000 on; or a dash."""
+    found = number(value)
+    if found is None:
+        return "–"
+    return f"{_three(found / 1000)} s" if found >= 10_000 else f"{_three(found)} ms"
+
+
+def energy(joules: Any) -> str:
+    """Return joules with three digits, or a dash."""
+    found = number(joules)
+    return "–" if found is None else f"{_three(found)} J"
+
+
+def _three(value: float) -> str:
+    """Return a number with three digits; whole numbers keep all of theirs."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

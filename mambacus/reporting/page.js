@@ -40,7 +40,7 @@
       const section = button.closest("section");
       for (const other of all("[data-filter]", section)) other.setAttribute("aria-pressed", String(other === button));
       for (const sample of all(".sample", section)) {
-        sample.hidden = button.dataset.filter !== "" && sample.dataset.outcome !== button.dataset.filter;
+        sample.hidden = button.dataset.filter !== "" && !button.dataset.filter.split("|").includes(sample.dataset.outcome);
       }
     });
   }
@@ -49,21 +49,22 @@
     const points = JSON.parse(box.querySelector(".points").textContent);
     const cursor = box.querySelector(".cursor");
     box.addEventListener("pointermove", (event) => {
+      if (event.target.dataset.tip) { cursor.hidden = true; return; }
       const area = box.getBoundingClientRect();
       const x = (100 * (event.clientX - area.left)) / area.width;
       const y = (100 * (event.clientY - area.top)) / area.height;
-      const off = new Set(all(".curve.off", box).map((curve) => curve.dataset.series));
+      const off = new Set(all(".off[data-series]", box).map((series) => series.dataset.series));
       let best = null;
-      for (const point of points) {
-        if (off.has(point[2].split("\n")[0])) continue;
-        const distance = Math.hypot(point[0] - x, 0.15 * (point[1] - y));
-        if (!best || distance < best.distance) best = { point, distance };
+      for (const [label, left, top, text] of points) {
+        if (off.has(label)) continue;
+        const distance = Math.hypot(left - x, 0.3 * (top - y));
+        if (!best || distance < best.distance) best = { left, top, text, distance };
       }
       if (!best) return;
       cursor.hidden = false;
-      cursor.style.left = `${best.point[0]}%`;
-      cursor.style.top = `${best.point[1]}%`;
-      showTip(best.point[2], event.clientX, event.clientY);
+      cursor.style.left = `${best.left}%`;
+      cursor.style.top = `${best.top}%`;
+      showTip(best.text, event.clientX, event.clientY);
     });
     box.addEventListener("pointerleave", () => { cursor.hidden = true; hideTip(); });
   }
@@ -75,7 +76,7 @@
       const text = (cell) => {
         const note = cell.querySelector("small");
         const main = [...cell.childNodes].filter((node) => node !== note).map((node) => node.textContent).join("").trim();
-        return note ? `${main} (${note.textContent.trim()})` : main;
+        return (note ? `${main} (${note.textContent.trim()})` : main).replaceAll("\u00a0", " ");
       };
       const lines = all("tr", table).map((row) => [...row.cells].map((cell) => quoted(text(cell))).join(","));
       const link = document.createElement("a");

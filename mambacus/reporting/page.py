@@ -11,25 +11,18 @@ import jinja2
 
 from mambacus import __version__
 from mambacus.reporting.compare import ALPHA, Comparison, Uncompared, compare, conclusion
-from mambacus.reporting.formats import show
+from mambacus.reporting.formats import reference
 from mambacus.reporting.lineup import Lineup, line_up
-from mambacus.reporting.plots import Chart, Panel, Radar, change_panels, radar, training_chart
-from mambacus.reporting.prompts import prompt_table
+from mambacus.reporting.panels import Panel, change_panels
+from mambacus.reporting.published import NOTHING, Published, find_published
+from mambacus.reporting.radar_shape import Radar, radar
 from mambacus.reporting.samples import Samples, sample_problems
 from mambacus.reporting.scores import Scores
+from mambacus.reporting.sections import Section, sections
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.summary import Card, agreement, cards, headline, notices
-from mambacus.reporting.tables import (
-    Table,
-    comparison_table,
-    environment_table,
-    merge_table,
-    record_table,
-    score_table,
-    solve_table,
-    speed_table,
-    training_table,
-)
+from mambacus.reporting.table import Table
+from mambacus.reporting.tables import comparison_table, environment_table, record_table
 
 COLOURS = 8
 RADAR_LIMIT = 6
@@ -61,21 +54,38 @@ class Page:
     cards: tuple[Card, ...]
     radars: tuple[Radar, ...]
     pairs: tuple[PairView, ...]
-    scores: Table
-    solving: Table
-    speed: Table
-    training: Table
-    chart: Chart | None
-    merges: Table
-    prompts: Table
+    sections: tuple[Section, ...]
     checks: tuple[str, ...]
     records: Table
     environment: Table
+    published: Published
     colours: dict[str, int]
     lineup: Lineup
 
+    @property
+    def tables(self) -> list[Table]:
+        """Every table, in the page's order."""
+        found = [radar.values for radar in self.radars] + [pair.table for pair in self.pairs if pair.comparisons]
+        found += [table for section in self.sections for table in section.tables]
+        return [*found, self.records, self.environment]
 
-def build(sources: Sequence[Source], *, title: str = "", pairs: Sequence[str] = (), root: Path | None = None) -> Page:
+    def section(self, name: str) -> Section:
+        """Return a section by its anchor.
+
+        Raises:
+            KeyError: the records give nothing for it.
+        """
+        return {section.name: section for section in self.sections}[name]
+
+
+def build(
+    sources: Sequence[Source],
+    *,
+    title: str = "",
+    pairs: Sequence[str] = (),
+    root: Path | None = None,
+    published: bool = True,
+) -> Page:
     """Compute the content of the page.
 
     Args:
@@ -83,33 +93,29 @@ def build(sources: Sequence[Source], *, title: str = "", pairs: Sequence[str] = 
         title: heading; by default the study's title.
         pairs: ``base=tuned`` labels; by default found in the records.
         root: folder that file names on the page are relative to.
+        published: show published figures beside measured ones.
     """
     lineup = line_up(sources, pairs)
     scores = Scores(source for source in sources if source.label not in {check for _, check in lineup.checks})
-    labels = [model.label for model in lineup.shown]
     colours = _colours(lineup)
     views = tuple(_pair(sources, scores, base, tuned) for base, tuned in lineup.pairs)
     compared = [(view.base, view.tuned, view.comparisons) for view in views]
     studies = [source.record.results for source in of_kind(sources, "study")]
-    runs = [source for source in sources if source.record.kind in ("finetune", "pretrain")]
+    printed = find_published(sources, scores) if published else NOTHING
+    checks = tuple(agreement(sources, one, two) for one, two in lineup.checks)
     return Page(
         title=title or next((study["title"] for study in studies), "Mambacus report"),
         description=next((study.get("description", "") for study in studies), ""),
         headline=headline(compared),
         notices=notices(sources, studies),
         cards=cards(sources, compared),
-        radars=tuple(_radars(scores, lineup, colours)),
+        radars=tuple(_radars(scores, lineup, colours, printed)),
         pairs=views,
-        scores=score_table(scores, labels),
-        solving=solve_table(sources, lineup),
-        speed=speed_table(sources),
-        training=training_table(sources),
-        chart=training_chart([(run, colours.get(run.label, place)) for place, run in enumerate(runs)]),
-        merges=merge_table(sources),
-        prompts=prompt_table(sources),
-        checks=tuple(agreement(sources, one, two) for one, two in lineup.checks),
+        sections=sections(sources, scores, lineup, colours=colours, published=printed, checks=checks),
+        checks=checks,
         records=record_table(sources, (root or Path.cwd()).resolve()),
         environment=environment_table(sources),
+        published=printed,
         colours=colours,
         lineup=lineup,
     )
@@ -118,7 +124,8 @@ def build(sources: Sequence[Source], *, title: str = "", pairs: Sequence[str] = 
 def render(page: Page) -> str:
     """Return the page as HTML: no request to anywhere, everything inside."""
     files = resources.files("mambacus.reporting")
-    read = {name: files.joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")}
+    names = ("page.html", "parts.html", "page.css", "page.js")
+    read = {name: files.joinpath(name).read_text(encoding="utf-8") for name in names}
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -127,7 +134,7 @@ def render(page: Page) -> str:
         loader=jinja2.DictLoader(read),
     )
     return environment.get_template("page.html").render(
-        page=page, css=read["page.css"], script=read["page.js"], version=__version__, alpha=ALPHA, show=show
+        page=page, css=read["page.css"], script=read["page.js"], version=__version__, alpha=ALPHA, reference=reference
     )
 
 
@@ -157,7 +164,7 @@ def _colours(lineup: Lineup) -> dict[str, int]:
     return colours
 
 
-def _radars(scores: Scores, lineup: Lineup, colours: dict[str, int]) -> list[Radar]:
+def _radars(scores: Scores, lineup: Lineup, colours: dict[str, int], published: Published) -> list[Radar]:
     """Return one radar per group, else one of all models if they are few, else one per pair."""
     labels = [model.label for model in lineup.shown]
     groups = list(dict.fromkeys(model.group for model in lineup.shown if model.group))
@@ -167,5 +174,5 @@ def _radars(scores: Scores, lineup: Lineup, colours: dict[str, int]) -> list[Rad
         wanted = [("", labels)]
     else:
         wanted = [(f"{base} → {tuned}", [base, tuned]) for base, tuned in lineup.pairs]
-    found = [radar(title, scores, members, colours) for title, members in wanted]
+    found = [radar(title, scores, members, colours, published) for title, members in wanted]
     return [one for one in found if one is not None]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mambacus.reporting.formats import p_text, percent, reference
 from mambacus.reporting.sources import Source, of_kind
-from mambacus.reporting.tables import Cell, Table
+from mambacus.reporting.table import Cell, Table
 
 _NAMES = {"default": "default prompt", "optimised": "optimised prompt", "random": "best random prompt"}
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from mambacus.reporting.formats import axis_end
 from mambacus.reporting.metrics import chance_level, main_metrics, metric_kind, metric_title, task_title
+from mambacus.reporting.published import NOTHING, Published
 from mambacus.reporting.scores import Key, Score, Scores, is_part
 
 MIN_SPAN = 0.2
@@ -43,6 +44,11 @@ class Axis:
     scale: str
     inner: float
     outer: float
+
+    @property
+    def key(self) -> Key:
+        """(task, metric)."""
+        return self.task, self.metric
 
     @property
     def title(self) -> str:
@@ -88,13 +94,14 @@ class Axis:
         return low <= value <= high
 
 
-def axes(scores: Scores, labels: Sequence[str]) -> list[Axis]:
-    """Return one spoke per main metric that at least one of the models was scored on."""
+def axes(scores: Scores, labels: Sequence[str], published: Published = NOTHING) -> list[Axis]:
+    """Return one spoke per main metric that a model was scored on; published figures lie on it too."""
     result = []
     for key in radar_keys(scores):
-        values = [score for label in labels if (score := scores.get(label, key)) is not None]
-        if values:
-            result.append(make_axis(key, values))
+        found = [score for label in labels if (score := scores.get(label, key)) is not None]
+        if found:
+            printed = [value for label in labels if (value := published.get(label, key)) is not None]
+            result.append(make_axis(key, found, printed))
     return result
 
 
@@ -114,10 +121,10 @@ def radar_keys(scores: Scores) -> list[Key]:
     return [key for key in keys if not is_part(key[0])]
 
 
-def make_axis(key: Key, scores: Sequence[Score]) -> Axis:
-    """Return the spoke that holds ``scores`` of one metric, outward better."""
+def make_axis(key: Key, scores: Sequence[Score], others: Sequence[float] = ()) -> Axis:
+    """Return the spoke that holds ``scores`` of one metric and ``others`` (published values of it), outward better."""
     task, metric = key
-    values = [score.value for score in scores if math.isfinite(score.value)]
+    values = [value for value in (*(score.value for score in scores), *others) if math.isfinite(value)]
     kind = metric_kind(metric)
     if kind == "perplexity" or (not scores[0].higher_is_better and values and min(values) > 0):
         return _log_axis(task, metric, [value for value in values if value > 0] or [1.0])

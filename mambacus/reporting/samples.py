@@ -50,6 +50,11 @@ class Samples:
     counts: dict[str, int]
     chosen: tuple[Sample, ...]
 
+    @property
+    def changed(self) -> int:
+        """How many problems only one of the two models got right."""
+        return self.counts["gained"] + self.counts["lost"]
+
 
 def sample_problems(sources: Sequence[Source], base: str, tuned: str) -> Samples:
     """Return the first `PER_OUTCOME` problems of every outcome and bench, in the bench's own order."""

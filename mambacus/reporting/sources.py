@@ -15,9 +15,10 @@ from mambacus.runtime.records import Record, read_json, read_jsonl, read_record
 # kind of record -> what its results hold at least, and as what; those without have no part on a page
 RESULTS: dict[str, dict[str, type]] = {
     "evaluate": {"tasks": dict}, "solve": {"benches": dict}, "finetune": {"train": dict}, "pretrain": {"train": dict},
-    "bench": {"rows": list}, "study": {"steps": list, "models": list}, "merge": {}, "info": {}, "generate": {},
+    "bench": {}, "study": {"steps": list, "models": list}, "merge": {}, "info": {}, "generate": {},
     "convert": {}, "report": {}, "prompt": {"search": dict, "finals": dict, "test": dict}, "prompt-compile": {},
-    "prompt-tune": {"train": dict}, "state-arithmetic": {"rows": dict},
+    "prompt-tune": {"train": dict}, "state-arithmetic": {"rows": dict}, "sweep": {"axes": list, "runs": list},
+    "controlled": {"rows": list, "summary": list, "predictions": list},
 }  # fmt: skip
 
 

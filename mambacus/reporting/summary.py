@@ -12,7 +12,7 @@ from typing import Any
 from mambacus.reporting.compare import Comparison
 from mambacus.reporting.formats import duration, percent, rate, show
 from mambacus.reporting.metrics import task_info, task_title
-from mambacus.reporting.plots import change_text
+from mambacus.reporting.panels import change_text
 from mambacus.reporting.samples import identical
 from mambacus.reporting.sources import Source, of_kind
 

@@ -1,4 +1,4 @@
-"""Tables of the page as plain text cells, so that the page, its CSV export and tests read the same values."""
+"""Tables of scores, training and records: each function turns records into the cells of one table."""
 
 from __future__ import annotations
 
@@ -13,44 +13,13 @@ from mambacus.reporting.compare import Comparison
 from mambacus.reporting.formats import duration, number, p_text, percent, rate, reference, show, size
 from mambacus.reporting.lineup import Lineup
 from mambacus.reporting.metrics import metric_title, task_info, task_title
-from mambacus.reporting.plots import change_text
-from mambacus.reporting.scores import Scores
+from mambacus.reporting.panels import change_text
+from mambacus.reporting.published import NOTHING, Published
+from mambacus.reporting.radar_shape import published_note
+from mambacus.reporting.scores import Score, Scores
 from mambacus.reporting.sources import Source, of_kind
+from mambacus.reporting.table import Cell, Table, make_table
 from mambacus.runtime.records import read_record
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One cell: its text, a smaller second line, and a style (``better``, ``worse``, ``best``, ``code`` ...)."""
-
-    text: str
-    note: str = ""
-    style: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Attributes:
-        name: used for the CSV file.
-        columns: headings; a leading ``#`` marks a column of numbers (aligned right, the ``#`` is not shown).
-        rows: cells, one list per row.
-    """
-
-    name: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Which columns hold numbers."""
-        return [column.startswith("#") for column in self.columns]
-
-
-def _table(name: str, columns: Sequence[str], rows: Iterable[Iterable[Cell | str]]) -> Table:
-    cells = tuple(tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in row) for row in rows)
-    return Table(name, tuple(columns), cells)
 
 
 def comparison_table(rows: Sequence[Comparison], base: str, tuned: str, scores: Scores) -> Table:
@@ -84,11 +53,11 @@ def comparison_table(rows: Sequence[Comparison], base: str, tuned: str, scores: 
         "#p, Holm",
         "Verdict",
     )
-    return _table(f"before-after {tuned}", columns, body)
+    return make_table(f"before-after {tuned}", columns, body)
 
 
-def score_table(scores: Scores, labels: Sequence[str]) -> Table:
-    """Every metric of every task for every model, with intervals; the best of each row is marked."""
+def score_table(scores: Scores, labels: Sequence[str], published: Published = NOTHING) -> Table:
+    """Every metric of every task for every model, with intervals; the best measured one of each row is marked."""
     body: list[list[Cell | str]] = []
     for key in scores.keys:
         found = [scores.get(label, key) for label in labels]
@@ -98,17 +67,20 @@ def score_table(scores: Scores, labels: Sequence[str]) -> Table:
         up = next(score.higher_is_better for score in found if score is not None)
         best = (max if up else min)(values) if len(set(values)) > 1 else None
         cells: list[Cell | str] = [Cell(task_title(*key), f"{metric_title(key[1])} {'↑' if up else '↓'}")]
-        for score in found:
-            if score is None:
-                cells.append(Cell("–"))
-                continue
-            span = "" if score.low is None else f"{show(key[1], score.low)} to {show(key[1], score.high)}, "
-            style = "best" if best is not None and score.value == best else ""
-            cells.append(
-                Cell(show(key[1], score.value), f"{span}n = {score.n:,}{reference([score.source.number])}", style)
-            )
+        for label, score in zip(labels, found, strict=True):
+            cells.append(_score_cell(score, best, published_note(published, label, key)))
         body.append(cells)
-    return _table("all scores", ("Task", *(f"#{label}" for label in labels)), body)
+    return make_table("all scores", ("Task", *(f"#{label}" for label in labels)), body)
+
+
+def _score_cell(score: Score | None, best: float | None, printed: str) -> Cell:
+    if score is None:
+        return Cell("–", printed)
+    metric = score.metric
+    span = "" if score.low is None else f"{show(metric, score.low)} to {show(metric, score.high)}, "
+    note = f"{span}n = {score.n:,}{reference([score.source.number])}"
+    style = "best" if best is not None and score.value == best else ""
+    return Cell(show(metric, score.value), "; ".join(filter(None, (note, printed))), style)
 
 
 def solve_table(sources: Sequence[Source], lineup: Lineup) -> Table:
@@ -146,59 +118,7 @@ def solve_table(sources: Sequence[Source], lineup: Lineup) -> Table:
         "#Tokens",
         "#Tokens/s",
     )
-    return _table("solving", columns, body)
-
-
-def speed_table(sources: Sequence[Source]) -> Table:
-    """Bench rows side by side; the ratio is against the slowest measured implementation of the same case."""
-    rows = [(source, row) for source in of_kind(sources, "bench") for row in source.record.results["rows"]]
-    slowest: dict[tuple[Any, ...], float] = {}
-    for source, row in rows:
-        if speed := number(row.get("tokens_per_second")):
-            slowest[_case(source, row)] = min(slowest.get(_case(source, row), math.inf), speed)
-    body: list[list[Cell | str]] = []
-    for source, row in rows:
-        shape = f"{row['batch']} × {row['seqlen']}" + (f" + {row['new_tokens']}" if row.get("new_tokens") else "")
-        model = str(row.get("model", source.label))
-        head: list[Cell | str] = [
-            Cell(str(row["benchmark"]), f"{model}{reference([source.number])}"),
-            str(row["implementation"]),
-            str(row["dtype"]),
-            shape,
-        ]
-        if row.get("error"):
-            body.append([*head, Cell(str(row["error"]), style="error"), "", "", "", ""])
-            continue
-        speed, samples = float(row["tokens_per_second"]), [float(ms) for ms in row["samples_ms"]]
-        spread = f"{min(samples):,.1f} to {max(samples):,.1f}, {len(samples)} runs" if samples else ""
-        ratio = speed / slowest[_case(source, row)]
-        body.append(
-            [
-                *head,
-                Cell(f"{float(row['median_ms']):,.1f} ms", spread),
-                rate(speed),
-                Cell(f"{ratio:.2f} ×", style="best" if ratio > 1 else ""),
-                size(row.get("peak_memory_bytes")),
-                str(row.get("device", "")),
-            ]
-        )
-    columns = (
-        "Benchmark",
-        "Implementation",
-        "dtype",
-        "#Batch × tokens",
-        "#Median",
-        "#Tokens/s",
-        "#Ratio",
-        "#Peak memory",
-        "Device",
-    )
-    return _table("speed", columns, body)
-
-
-def _case(source: Source, row: dict[str, Any]) -> tuple[Any, ...]:
-    keys = ("benchmark", "model", "dtype", "batch", "seqlen", "new_tokens")
-    return (source.number, *(row.get(key) for key in keys))
+    return make_table("solving", columns, body)
 
 
 def training_table(sources: Sequence[Source]) -> Table:
@@ -224,7 +144,7 @@ def training_table(sources: Sequence[Source]) -> Table:
         ("Peak memory", lambda r: size(r.results["train"].get("peak_memory_bytes"))),
     ]
     body: list[list[Cell | str]] = [[name, *(read(source.record) for source in runs)] for name, read in lines]
-    return _table("training", ("", *(f"#{s.label}{reference([s.number])}" for s in runs)), body)
+    return make_table("training", ("", *(f"#{s.label}{reference([s.number])}" for s in runs)), body)
 
 
 def merge_table(sources: Sequence[Source]) -> Table:
@@ -240,7 +160,9 @@ def merge_table(sources: Sequence[Source]) -> Table:
         for source in of_kind(sources, "merge")
         for gate in [source.record.results["gate"]]
     ]
-    return _table("merge", ("Model", "#Prompts", "#Largest logit difference", "#Allowed", "Head untied"), body)
+    columns = ("Model", "#Prompts", "#Largest logit difference", "#Allowed", "Head untied")
+    about = "A merge is written only when its logits agree with the attached adapter’s on real prompts."
+    return make_table("merge", columns, body, title="Merging", about=about)
 
 
 def record_table(sources: Sequence[Source], root: Path) -> Table:
@@ -258,7 +180,7 @@ def record_table(sources: Sequence[Source], root: Path) -> Table:
                 duration(source.record.seconds),
             ]
         )
-    return _table("records", ("", "Record", "File", "Command", "Started (UTC)", "#Time"), body)
+    return make_table("records", ("", "Record", "File", "Command", "Started (UTC)", "#Time"), body)
 
 
 def environment_table(sources: Sequence[Source]) -> Table:
@@ -270,7 +192,7 @@ def environment_table(sources: Sequence[Source]) -> Table:
     flat = [({**env, **env.get("packages", {})}, numbers) for env, numbers in groups.values()]
     names = [name for name in dict.fromkeys(key for env, _ in flat for key in env) if name != "packages"]
     body: list[list[Cell | str]] = [[name, *(_plain(env.get(name)) for env, _ in flat)] for name in names]
-    return _table("environment", ("", *(_numbers(numbers) for _, numbers in flat)), body)
+    return make_table("environment", ("", *(_numbers(numbers) for _, numbers in flat)), body)
 
 
 def _numbers(numbers: list[int]) -> str:

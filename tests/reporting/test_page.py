@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from synthetic_records import coin, flip, record, texts, write_evaluate, write_record, write_solve, write_study
+from synthetic_records import coin, flip, record, texts, write_evaluate, write_record, write_solve
 
 from mambacus.reporting.page import Page, build, render
 from mambacus.reporting.sources import collect
@@ -41,16 +41,6 @@ class Reader(html.parser.HTMLParser):
     def handle_endtag(self, tag):
         assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
         self.open.pop()
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_study(tmp_path_factory.mktemp("study"))
-
-
-@pytest.fixture(scope="module")
-def page(study: Path) -> Page:
-    return build(collect([study]), root=study)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +82,7 @@ def test_before_after_table(page):
 
 def test_every_figure_names_its_record(page, study):
     numbers = {f"[{number}]" for number in range(1, 12)}
-    for table in (page.pairs[0].table, page.scores, page.solving, page.speed):
+    for table in (page.pairs[0].table, *(page.section(name).tables[0] for name in ("scores", "solving", "speed"))):
         for row in table.rows:
             marks = set(re.findall(r"\[\d+\]", " ".join(cell.text + cell.note for cell in row)))
             assert marks and marks <= numbers
@@ -110,8 +100,9 @@ def test_checks_are_told_and_kept_out_of_the_tables(page):
         "tiny+lora and tiny+lora (attached) were asked the same 600 problems: "
         "all of their answers are equal to the last character.",
     )
-    assert all("attached" not in column for column in page.scores.columns)
-    assert len(page.solving.rows) == 3
+    assert page.section("solving").notes == page.checks
+    assert all("attached" not in column for column in page.section("scores").tables[0].columns)
+    assert len(page.section("solving").tables[0].rows) == 3
 
 
 def test_radar_notes_name_what_lies_off_its_axis(page):
@@ -131,14 +122,14 @@ def test_panels_put_better_to_the_right(page):
 
 
 def test_training_curve_falls_and_stays_in_the_box(page):
-    (curve,) = page.chart.curves
-    assert curve.points[0][1] < curve.points[-1][1]  # y grows downwards
-    assert all(0 <= x <= 100 and 0 <= y <= 100 for x, y, _ in curve.points)
+    ((curve,),) = (chart.curves for chart in page.section("training").figures[0].charts)
+    assert curve.points[0].y < curve.points[-1].y  # y grows downwards
+    assert all(0 <= point.x <= 100 and 0 <= point.y <= 100 for point in curve.points)
     assert len(curve.points) <= 400
 
 
 def test_speed_ratio_and_out_of_memory(page):
-    rows = [[cell.text for cell in row] for row in page.speed.rows]
+    rows = [[cell.text for cell in row] for row in page.section("speed").tables[0].rows]
     assert [row[6] for row in rows[:2]] == ["4.39 ×", "1.00 ×"]
     assert rows[-1][4] == "out of memory"
 
