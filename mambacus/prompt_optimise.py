@@ -135,6 +135,10 @@ def _check(config: Config) -> None:
         raise UserError(f"--shots {max(config.shots)}: expected at most --pool, {config.pool}")
     if config.first > config.items:
         raise UserError(f"--first {config.first}: expected at most --items, {config.items}")
+    if config.proposer and not config.proposer.startswith(("http://", "https://")):
+        raise UserError(
+            f"--proposer: expected an address that begins with http:// or https://, got {config.proposer!r}"
+        )
     if config.proposer and not config.proposer_model:
         raise UserError("--proposer: expected --proposer-model NAME with it")
     if config.resume and config.overwrite:
@@ -159,7 +163,7 @@ def _train_problems(config: Config) -> list[MathProblem]:
     problems = [p for p in load_math(config.data_dir, name, split or "train") if p.solution]
     if len(problems) < wanted:
         raise UserError(
-            f"--items and --pool: expected at most {len(problems)} together, the problems of {name} {split}"
+            f"--items, --fresh and --pool: expected at most {len(problems)} together, the problems of {name} {split}"
         )
     return random.Random(f"prompts/{config.seed}").sample(problems, wanted)
 

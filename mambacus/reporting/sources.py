@@ -17,7 +17,7 @@ RESULTS: dict[str, dict[str, type]] = {
     "evaluate": {"tasks": dict}, "solve": {"benches": dict}, "finetune": {"train": dict}, "pretrain": {"train": dict},
     "bench": {"rows": list}, "study": {"steps": list, "models": list}, "merge": {}, "info": {}, "generate": {},
     "convert": {}, "report": {}, "prompt": {"search": dict, "finals": dict, "test": dict}, "prompt-compile": {},
-    "prompt-tune": {"train": dict}, "state-arithmetic": {"rows": dict},
+    "prompt-tune": {"train": dict}, "state-arithmetic": {"rows": dict}, "prompt-states": {"rows": dict},
 }  # fmt: skip
 
 
