@@ -168,12 +168,13 @@ def test_a_compiled_prompt_gives_the_same_text_for_fewer_tokens(compiled: Path) 
 
 
 def test_solve_reads_a_fifth_and_answers_the_same(compiled: Path, tmp_path: Path) -> None:
-    items, read = {}, {}
+    items, read, saved = {}, {}, {}
     for flag, path in (("prompt", compiled / "p.yaml"), ("state", compiled / "p.state")):
         out = tmp_path / f"{flag}.json"
         options: dict[str, Any] = {flag: path, "limit": 12, "max_new_tokens": 24, "device": "cpu"}
         record = solve.run(solve.Config("tiny", ("wordproblems",), out, **options))
         read[flag] = record.results["prompt_tokens"]
+        saved[flag] = record.results.get("prompt_tokens_saved")
         rows = [item for _, item in read_jsonl(tmp_path / f"{flag}.items.jsonl")]
         items[flag] = [(row["id"], row["completion"], row["correct"], row["tokens"]) for row in rows]
     assert items["prompt"] == items["state"] and any(completion for _, completion, _, _ in items["state"])
@@ -182,6 +183,7 @@ def test_solve_reads_a_fifth_and_answers_the_same(compiled: Path, tmp_path: Path
     problems = wordproblems.generate(12, "test", seed=0)
     whole = sum(len(encode(tokenizer, plain.text(problem.question))) for problem in problems)
     prefix = read_record(compiled / "p.json").results["prefix_tokens"]
+    assert saved == {"prompt": None, "state": 12 * prefix}
     assert read["state"] == whole - 12 * prefix and read["state"] * 5 <= whole
     assert read["prompt"] == whole - 11 * prefix  # solve itself reads what its prompts share once
 
