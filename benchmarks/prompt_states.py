@@ -30,10 +30,11 @@ class Config:
     out: Path = opt(help="record to write", metavar="FILE.json")
     model: str = opt("tiny", help="tiny, a model folder, a hub id or random:SIZE")
     shots: int = opt(8, "worked examples", least=1)
-    rows: int = opt(1000, "training word problems that states are tuned on, the last 64 only to measure", least=65)
+    rows: int = opt(600, "training word problems that states are tuned on, the last 64 only to measure", least=65)
     lr: float = opt(0.01, "peak learning rate", above=0)
+    batch_size: int = opt(8, "samples in one step of the tuning", least=1)
     problems: int = opt(200, "test problems", least=2)
-    max_new_tokens: int = opt(128, "longest completion in tokens", least=1)
+    max_new_tokens: int = opt(64, "longest completion in tokens", least=1)
     seed: int = opt(0, "seed of examples and training problems", least=0)
     device: str = opt("auto", "auto, cpu or cuda")
     overwrite: bool = opt(False, "replace an existing record")
@@ -54,7 +55,7 @@ def states(config: Config, folder: Path) -> tuple[dict[str, dict[str, Any]], dic
         return prompt_tune.run(
             prompt_tune.Config(
                 config.model, folder / f"{start}.state", f"wordproblems:{config.rows}", folder / out, offset=offset,
-                lr=config.lr, seed=config.seed, device=config.device,
+                lr=config.lr, batch_size=config.batch_size, seed=config.seed, device=config.device,
             )
         )  # fmt: skip
 
