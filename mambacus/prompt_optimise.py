@@ -37,6 +37,9 @@ class Config:
     train: str | None = opt(None, "set whose training split is searched on; default: the bench's own", metavar="SET")
     data_dir: Path | None = opt(None, "folder of the math sets", metavar="DIR")
     space: Path | None = opt(None, "YAML file that adds to the built-in space of prompts", metavar="FILE.yaml")
+    shots: tuple[int, ...] = opt(
+        (), "numbers of worked examples that a prompt may show; default: those of the space", least=0, metavar="K,K"
+    )
     items: int = opt(64, "training problems that prompts are scored on", least=2)
     pool: int = opt(64, "other training problems, which worked examples are taken from", least=0)
     population: int = opt(24, "prompts of a round", least=2)
@@ -57,7 +60,7 @@ class Config:
     max_new_tokens: int = opt(128, "longest completion in tokens", least=1)
     batch_size: int = opt(32, "rows of one pass", least=1)
     state_reuse: bool = opt(True, "read a prefix once and fork its state; off, for comparison")
-    state_memory: int = opt(256, "most MiB of states held at once", least=1, metavar="MIB")
+    state_memory: int = opt(1024, "most MiB of states held at once", least=1, metavar="MIB")
     proposer: str | None = opt(
         None, "OpenAI-compatible endpoint that proposes instructions; off by default", metavar="URL"
     )
@@ -81,22 +84,26 @@ def run(config: Config) -> Record:
     _check(config)
     watch = Stopwatch()
     from mambacus.evals.math import load_problems
-    from mambacus.prompts import write_prompt
-    from mambacus.prompts.prompt import DEFAULT, Exemplar
+    from mambacus.prompts import DEFAULT, Exemplar, Prompt, write_prompt
+    from mambacus.prompts.contest import confirm, finals, random_best
     from mambacus.prompts.space import load_space
 
     trained = _train_problems(config)
     test = load_problems(config.bench, config.data_dir, config.test_limit, 0)
     used = config.items + config.fresh
-    space = load_space(config.space, [Exemplar.of(problem) for problem in trained[used:]])
+    space = load_space(config.space, [Exemplar.of(problem) for problem in trained[used:]], shots=config.shots)
     judges = _judges(config, trained[: config.items], trained[config.items : used], test, space)
-    search = _search(config, space, judges["train"])
-    finals, chosen = _choose(judges["fresh"], [s.prompt for s in search["standings"][: config.finalists]])
-    rivals = {"default": DEFAULT, "optimised": chosen}
-    drawn = _random_best(config, space, judges["random"])
+    rivals = {"default": DEFAULT}
+    if min(space.shots):  # what a harness would ask with: the first examples, in order
+        rivals["fewshot"] = Prompt(exemplars=space.pool[: max(space.shots)])
+    search = _search(config, space, judges["train"], [*rivals.values()])
+    finalists = [standing.prompt for standing in search.pop("standings")[: config.finalists]]
+    decided, chosen = finals(judges["fresh"], finalists, by_likelihood=config.score == "loglikelihood")
+    rivals["optimised"] = chosen
+    drawn = random_best(judges["random"], space, config.random_prompts, config.items, config.seed)
     if drawn:
         rivals["random"] = drawn.pop("prompt")
-    confirmed, items = _confirm(judges["test"], rivals, test)
+    confirmed, items = confirm(judges["test"], rivals)
     results = {
         "bench": config.bench,
         "train": {
@@ -104,9 +111,10 @@ def run(config: Config) -> Record:
             "items": config.items,
             "fresh": config.fresh,
             "pool": len(space.pool),
+            "shots": list(space.shots),
         },
-        "search": {key: value for key, value in search.items() if key != "standings"},
-        "finals": finals,
+        "search": search,
+        "finals": decided,
         "random": drawn,
         "test": confirmed,
         "prompt": chosen.as_dict(),
@@ -123,8 +131,14 @@ def _check(config: Config) -> None:
     check(config)
     if config.out.suffix in (".json", ".jsonl"):
         raise UserError(f"--out {config.out}: expected a name ending in .yaml; the record is the .json beside it")
+    if max(config.shots, default=0) > config.pool:
+        raise UserError(f"--shots {max(config.shots)}: expected at most --pool, {config.pool}")
     if config.first > config.items:
         raise UserError(f"--first {config.first}: expected at most --items, {config.items}")
+    if config.proposer and not config.proposer.startswith(("http://", "https://")):
+        raise UserError(
+            f"--proposer: expected an address that begins with http:// or https://, got {config.proposer!r}"
+        )
     if config.proposer and not config.proposer_model:
         raise UserError("--proposer: expected --proposer-model NAME with it")
     if config.resume and config.overwrite:
@@ -149,7 +163,7 @@ def _train_problems(config: Config) -> list[MathProblem]:
     problems = [p for p in load_math(config.data_dir, name, split or "train") if p.solution]
     if len(problems) < wanted:
         raise UserError(
-            f"--items and --pool: expected at most {len(problems)} together, the problems of {name} {split}"
+            f"--items, --fresh and --pool: expected at most {len(problems)} together, the problems of {name} {split}"
         )
     return random.Random(f"prompts/{config.seed}").sample(problems, wanted)
 
@@ -209,7 +223,7 @@ def _judges(
     }  # fmt: skip
 
 
-def _search(config: Config, space: Space, judge: PromptJudge) -> dict[str, Any]:
+def _search(config: Config, space: Space, judge: PromptJudge, first: Sequence[Prompt]) -> dict[str, Any]:
     from mambacus.prompts.board import LEADERS, Board, summary
     from mambacus.prompts.proposer import Proposer
     from mambacus.prompts.search import Search, Settings
@@ -219,7 +233,7 @@ def _search(config: Config, space: Space, judge: PromptJudge) -> dict[str, Any]:
     )
     propose = Proposer(config.proposer, config.proposer_model) if config.proposer else None
     with Board(config.rounds, lambda: judge.tokens.forward) as board:
-        outcome = Search(space, judge, settings, board.tell, propose).run()
+        outcome = Search(space, judge, settings, board.tell, propose, first).run()
     if not outcome.standings:
         raise UserError(f"--budget {config.budget}: too few tokens for the default prompt on {config.first} problems")
     return {
@@ -237,59 +251,6 @@ def _search(config: Config, space: Space, judge: PromptJudge) -> dict[str, Any]:
             for rung in outcome.rungs
         ],
     }  # fmt: skip
-
-
-def _choose(judge: PromptJudge, finalists: Sequence[Prompt]) -> tuple[dict[str, Any], Prompt]:
-    """Let the finalists and the default solve fresh training problems; return the figures and the prompt chosen."""
-    from mambacus.prompts.board import summary
-    from mambacus.prompts.choice import Solved, choose
-    from mambacus.prompts.prompt import DEFAULT
-
-    n = len(judge.problems)
-    solved = [
-        Solved(prompt, [answer.correct for answer in judge.answers(prompt, n)])
-        for prompt in dict.fromkeys([DEFAULT, *finalists])
-    ]
-    chosen, reason = choose(solved[0], solved[1:])
-    candidates = [{"prompt": summary(one.prompt), "correct": sum(one.correct)} for one in solved]
-    figures = {"items": n, "candidates": candidates, "chosen": summary(chosen.prompt), "reason": reason}
-    return figures | {"tokens": judge.tokens.as_dict()}, chosen.prompt
-
-
-def _random_best(config: Config, space: Space, judge: PromptJudge) -> dict[str, Any]:
-    """Return the best of random prompts by the score that the search uses, and what finding it cost."""
-    from mambacus.prompts.board import summary
-
-    if not config.random_prompts:
-        return {}
-    chance = random.Random(f"prompts/random/{config.seed}")
-    drawn = [space.draw(chance) for _ in range(config.random_prompts)]
-    best = max(drawn, key=lambda prompt: sum(judge.scores(prompt, config.items)))
-    mean = sum(judge.scores(best, config.items)) / config.items
-    found = {"prompts": len(drawn), "best": summary(best), "mean": mean}
-    return found | {"tokens": judge.tokens.as_dict(), "prompt": best}
-
-
-def _confirm(
-    judge: PromptJudge, rivals: dict[str, Prompt], problems: Sequence[MathProblem]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Let each rival solve the test problems once; return figures with paired comparisons, and the items."""
-    from mambacus.prompts.choice import paired
-    from mambacus.runtime.stats import wilson
-
-    n = len(problems)
-    answers = {name: judge.answers(prompt, n) for name, prompt in rivals.items()}
-    figures = {}
-    items = []
-    for name, found in answers.items():
-        correct = sum(answer.correct for answer in found)
-        figures[name] = {"correct": correct, "accuracy": correct / n, "wilson95": list(wilson(correct, n))}
-        items += [{"rival": name, **dataclasses.asdict(answer)} for answer in found]
-    right = {name: [answer.correct for answer in found] for name, found in answers.items()}
-    others = [name for name in rivals if name != "optimised"]
-    comparisons = {name: paired(right[name], right["optimised"]) for name in others}
-    tokens = judge.tokens.as_dict()
-    return {"n": n, "prompts": figures, "optimised_against": comparisons, "tokens": tokens}, items
 
 
 def _label(config: Config) -> str:
@@ -317,5 +278,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"test {name:<10} {figures['accuracy']:6.1%} [{low:.1%}, {high:.1%}]  n {test['n']}")
     for name, row in test["optimised_against"].items():
         change = f"{100 * row['difference']:+.1f} points [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
-        print(f"optimised against {name}: {change}, p {row['p']:.2g}")
+        nats = row["loglikelihood"]
+        likelier = f"{nats['difference']:+.2f} nats a worked answer [{nats['low']:+.2f}, {nats['high']:+.2f}]"
+        print(f"optimised against {name}: {change}, p {row['p']:.2g}; {likelier}")
     print(f"prompt: {config.out}   record: {config.out.with_suffix('.json')}")

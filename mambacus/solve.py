@@ -100,7 +100,10 @@ def run(config: Config) -> Record:
     cache.close()
     path = items_path(config.out)
     write_jsonl_atomic(path, items)
-    results = {"benches": benches, "prompt_tokens": getattr(getattr(engine, "stats", None), "prompt_tokens", None)}
+    results: dict[str, Any] = {"benches": benches}
+    results["prompt_tokens"] = getattr(getattr(engine, "stats", None), "prompt_tokens", None)
+    if config.state is not None:  # read by no problem
+        results["prompt_tokens_saved"] = int(engine.model.tokens) * sum(map(len, sets.values()))
     record = stopwatch.record("solve", _label(config), config, results, items_file=path.name)
     write_record(config.out, record)
     return record
@@ -274,4 +277,7 @@ def main(argv: Sequence[str]) -> None:
                 print(" " * 14 + "  ".join(f"{rule.replace('_at', '')}@{k} {v:.1%}" for k, v in figures[rule].items()))
         if "errors" in figures:
             print(" " * 14 + "wrong: " + ", ".join(f"{kind} {count}" for kind, count in figures["errors"].items()))
+    if "prompt_tokens_saved" in record.results:
+        read, saved = record.results["prompt_tokens"], record.results["prompt_tokens_saved"]
+        print(f"prompt tokens read: {read:,}, not read thanks to the state: {saved:,}")
     print(f"record: {config.out}")

@@ -24,7 +24,7 @@ from mambacus.runtime.records import write_bytes_atomic
 
 FORMAT = "mambacus-state-1"  # of the tensors, see `MambaState.save`
 _TENSORS = ("conv_state", "ssm_state", "tokens")
-_KEY = "fingerprint"
+_KEY, _CHECKSUM = "fingerprint", "sha256"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +77,11 @@ def write_state(path: Path, file: StateFile, model: nn.Module, tokenizer: Any) -
         "dtype": _name(base),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "token_ids": list(file.token_ids),
-        "sha256": _checksum(tensors),
         "prompt": file.prompt,
         "notes": file.notes,
     }
-    metadata = {"format": FORMAT, _KEY: json.dumps(about)}
+    text = json.dumps(about)
+    metadata = {"format": FORMAT, _KEY: text, _CHECKSUM: _checksum(tensors, text)}
     write_bytes_atomic(path, safetensors.torch.save(tensors, metadata=metadata))
 
 
@@ -100,17 +100,18 @@ def read_state(path: str | os.PathLike[str], model: nn.Module, tokenizer: Any, *
         UserError: no such file, cut off or damaged, no state of one row, or one of another model, tokenizer or dtype.
     """
     state = MambaState.load(path)
-    about = _about(path)
+    text, checksum = _header(path)
     base = _base(model)
     where = f"{flag} {path}"
     misfit = state.fits(base.config)
     if misfit or state.batch != 1:
         raise UserError(f"{where}: of another model: {misfit or f'{state.batch} rows, not 1'}")
-    if about is None:
+    if text is None:
         return StateFile(state, ())
+    if checksum != _checksum({name: getattr(state, name) for name in _TENSORS}, text):
+        raise UserError(f"{where}: damaged: its content is not what was written")
     try:
-        if about["sha256"] != _checksum({name: getattr(state, name) for name in _TENSORS}):
-            raise UserError(f"{where}: damaged: its tensors are not those that were written")
+        about = json.loads(text)
         if about["dtype"] != _name(base):
             raise UserError(f"{where}: made in {about['dtype']}, the model runs in {_name(base)}; choose --dtype alike")
         other = mismatch(about["signature"], model)
@@ -127,21 +128,15 @@ def read_state(path: str | os.PathLike[str], model: nn.Module, tokenizer: Any, *
         raise UserError(f"{where}: its fingerprint is not readable ({type(error).__name__}: {error})") from None
 
 
-def _about(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Return the fingerprint in the header, None if there is none."""
+def _header(path: str | os.PathLike[str]) -> tuple[str | None, str | None]:
+    """Return the fingerprint as text and the checksum; None and None of a file that holds tensors alone."""
     import safetensors
 
     with safetensors.safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(_KEY)
-    if text is None:
-        return None
-    try:
-        about = json.loads(text)
-    except ValueError:
-        about = None
-    if not isinstance(about, dict):
-        raise UserError(f"{path}: its fingerprint is not readable")
-    return about
+        metadata = file.metadata() or {}
+    if set(metadata) <= {"format"}:
+        return None, None
+    return metadata.get(_KEY, ""), metadata.get(_CHECKSUM)
 
 
 def _base(model: nn.Module) -> MambaLM:
@@ -155,10 +150,11 @@ def _name(base: MambaLM) -> str:
     return str(base.dtype).removeprefix("torch.")
 
 
-def _checksum(tensors: dict[str, Any]) -> str:
+def _checksum(tensors: dict[str, Any], text: str) -> str:
+    """Return a hash of the tensors and of the fingerprint."""
     import torch
 
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(text.encode("utf-8", errors="surrogatepass"))
     for name in _TENSORS:
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -66,7 +66,9 @@ class Answer:
 
 
 class PrefixStates:
-    """States after beginnings of prompts, the least used dropped above a number of bytes.
+    """States after beginnings of prompts; above a number of bytes the least recently used are dropped.
+
+    Those after parts of a prefix go first: they serve edits alone, one after a whole prefix every later rung.
 
     Args:
         engine: reads.
@@ -76,6 +78,7 @@ class PrefixStates:
     def __init__(self, engine: Engine, max_bytes: int) -> None:
         self._engine, self._max_bytes = engine, max_bytes
         self._states: OrderedDict[tuple[int, ...], MambaState] = OrderedDict()
+        self._whole: set[tuple[int, ...]] = set()
 
     def after(self, prompt: Prompt, ids: Sequence[int]) -> MambaState:
         """Return the state after ``ids``, the tokens of the prompt's prefix, reading what no held state has read."""
@@ -92,9 +95,11 @@ class PrefixStates:
             state = self._engine.prefill(list(ids[start:cut]), state)
             self._states[tuple(ids[:cut])] = state
             start = cut
-        while len(self._states) > 1 and sum(held.nbytes for held in self._states.values()) > self._max_bytes:
-            self._states.popitem(last=False)
         assert state is not None
+        self._whole.add(tuple(ids))
+        while len(self._states) > 1 and sum(held.nbytes for held in self._states.values()) > self._max_bytes:
+            part = (beginning for beginning in self._states if beginning not in self._whole)
+            del self._states[next(part, next(iter(self._states)))]
         return state
 
 
@@ -146,7 +151,7 @@ class PromptJudge:
         self._engine = Engine(model, tokenizer, batch_size=batch_size)
         self._states = PrefixStates(self._engine, state_bytes)
         self._golds = [tuple(encode(tokenizer, qa_completion(p.solution, p.answer))) for p in problems]
-        self._found: dict[Prompt, list[float]] = {}
+        self._found: dict[tuple[str, Prompt], list[float]] = {}
         self._answered: dict[tuple[Prompt, int], list[Answer]] = {}
 
     def scores(self, prompt: Prompt, items: int) -> list[float]:
@@ -155,13 +160,20 @@ class PromptJudge:
         Raises:
             BudgetSpentError: measuring them could cost more than is left.
         """
-        found = self._found.setdefault(prompt, [])
+        return self._scored(self._by, prompt, items)
+
+    def likelihoods(self, prompt: Prompt, items: int) -> list[float]:
+        """Return the log-likelihood of each worked answer of the first ``items`` problems, in nats, by any `score`."""
+        return self._scored("loglikelihood", prompt, items)
+
+    def _scored(self, by: str, prompt: Prompt, items: int) -> list[float]:
+        found = self._found.setdefault((by, prompt), [])
         first = len(found)
         if first < items:
             rest = range(first, items)
-            key = f"{self._name} {self._by} {prompt_key(prompt)} {first}:{items}"
-            measure = self._score if self._by == "loglikelihood" else self._solve
-            found += self._measured(key, prompt, self._bound(prompt, rest), lambda: measure(prompt, rest))
+            key = f"{self._name} {by} {prompt_key(prompt)} {first}:{items}"
+            measure = self._score if by == "loglikelihood" else self._solve
+            found += self._measured(key, prompt, self._bound(by, prompt, rest), lambda: measure(prompt, rest))
         return found[:items]
 
     def answers(self, prompt: Prompt, items: int) -> list[Answer]:
@@ -172,13 +184,13 @@ class PromptJudge:
             self._answered[prompt, items] = [Answer(**row) for row in found]
         return self._answered[prompt, items]
 
-    def _bound(self, prompt: Prompt, items: range) -> int:
+    def _bound(self, by: str, prompt: Prompt, items: range) -> int:
         """Return the most tokens that scores can cost: the prefix and every question with what follows."""
         queries = sum(len(encode(self.tokenizer, prompt.text(question_of(self.problems[i])))) for i in items)
         prefix = len(encode(self.tokenizer, prompt.prefix))
         shared = (len(items) - 1) * prefix if self._reuse else 0
-        by_likelihood = self._by == "loglikelihood"
-        return queries - shared + sum(len(self._golds[i]) if by_likelihood else self._max_new_tokens for i in items)
+        after = [len(self._golds[i]) if by == "loglikelihood" else self._max_new_tokens for i in items]
+        return queries - shared + sum(after)
 
     def _measured(
         self, key: str, prompt: Prompt, bound: int, measure: Callable[[], tuple[list[Any], Tokens]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import json
 import os
 import urllib.error
@@ -30,7 +31,7 @@ class Proposer:
     """Asks a model for instructions and puts them at the head of the leading prompt.
 
     Attributes:
-        url: of the API, such as ``http://localhost:8000/v1``.
+        url: of the API, such as ``http://localhost:8000/v1``; over HTTP or HTTPS.
         model: its name there.
         count: instructions asked for in each round.
     """
@@ -56,15 +57,13 @@ class Proposer:
         if os.environ.get(KEY_VARIABLE):
             headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
         address = f"{self.url.rstrip('/')}/chat/completions"
-        if not address.startswith(("http://", "https://")):
-            raise UserError(f"--proposer: expected an address that begins with http:// or https://, got {self.url!r}")
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=SECONDS) as response:
                 return str(json.load(response)["choices"][0]["message"]["content"])
         except urllib.error.HTTPError as error:
             raise UserError(f"--proposer {address}: answered {error.code} {error.reason}") from None
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(f"--proposer {address}: cannot be reached ({error})") from None
         except (ValueError, KeyError, IndexError, TypeError):
             raise UserError(f"--proposer {address}: its answer is not a chat completion") from None

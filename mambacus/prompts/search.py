@@ -120,6 +120,7 @@ class Search:
         settings: how.
         tell: called after each rung.
         propose: gives further prompts for a round, from the standings so far; their origin is ``proposed``.
+        first: prompts of the first round beside the default; their origin is ``given``.
     """
 
     def __init__(
@@ -129,13 +130,16 @@ class Search:
         settings: Settings,
         tell: Callable[[Rung], object] = lambda rung: None,
         propose: Proposer | None = None,
+        first: Sequence[Prompt] = (),
     ) -> None:
         self.space, self.judge, self.settings, self.tell, self.propose = space, judge, settings, tell, propose
         self._chance = random.Random(f"prompts/{settings.seed}")
-        self._origin: dict[Prompt, str] = {DEFAULT: "default"}
+        self._first = [DEFAULT, *first]
+        self._origin: dict[Prompt, str] = dict.fromkeys(first, "given") | {DEFAULT: "default"}
         self._scores: dict[Prompt, Sequence[float]] = {}
         self._rungs: list[Rung] = []
-        self._texts = {DEFAULT.text(_ANY)}  # a separator of a prompt without parts to separate is no difference
+        # Texts, not prompts: a separator of a prompt without parts to separate is no difference.
+        self._texts = {prompt.text(_ANY) for prompt in self._first}
 
     def run(self) -> Outcome:
         """Search to the end of the rounds or of the budget."""
@@ -160,18 +164,18 @@ class Search:
             alive = list(dict.fromkeys([*(standing.prompt for standing in kept), DEFAULT]))
 
     def _population(self, number: int) -> list[Prompt]:
-        """Return the prompts of a round: the default and random ones, later the best so far and edits of them."""
-        found = dict.fromkeys([DEFAULT])
+        """Return the prompts of a round: the given and random ones, later the best so far and edits of them."""
+        found = dict.fromkeys(self._first if number == 1 else [DEFAULT])
         if number > 1:
             best = self._parents()
             found.update(dict.fromkeys(best))
             if self.propose is not None:
-                for prompt in self.propose(self._furthest()):
+                for prompt in self.propose(self._held() or self._furthest()):
                     self._origin.setdefault(prompt, "proposed")
                     found[prompt] = None
         attempts = 50 * self.settings.population  # a small space may hold fewer different prompts
         while len(found) < self.settings.population and (attempts := attempts - 1):
-            if number == 1:
+            if number == 1 or not best:
                 name, prompt = "random", self.space.draw(self._chance)
             else:
                 edited = self.space.edit(self._chance.choice(best), self._chance)
@@ -186,10 +190,13 @@ class Search:
         return list(found)
 
     def _parents(self) -> list[Prompt]:
-        """Return the best so far, half of them with examples if there are any: others have few neighbours to try."""
-        ranked = [standing.prompt for standing in self._furthest()]
+        """Return the best so far that show as many examples as the space allows; half of them some, if there are any.
+
+        Prompts without examples have few neighbours to try. The default may be none of the space's.
+        """
+        ranked = [standing.prompt for standing in self._held()]
         shown = sorted(
-            (prompt for prompt in self._scores if prompt.exemplars),
+            (prompt for prompt in self._scores if prompt.exemplars and self.space.holds(prompt)),
             key=lambda prompt: (-len(self._scores[prompt]), -sum(self._scores[prompt])),
         )
         half = self.settings.parents // 2
@@ -208,3 +215,7 @@ class Search:
         """Return the standings of the prompts that were scored on the most items."""
         most = max(map(len, self._scores.values()), default=0)
         return tuple(self._rank([p for p, scores in self._scores.items() if len(scores) >= most], most)) if most else ()
+
+    def _held(self) -> tuple[Standing, ...]:
+        """Return those of `_furthest` that show as many examples as the space allows."""
+        return tuple(standing for standing in self._furthest() if self.space.holds(standing.prompt))

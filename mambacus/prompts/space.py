@@ -46,6 +46,10 @@ class Space:
             exemplars=tuple(chance.sample(self.pool, shots)),
         )
 
+    def holds(self, prompt: Prompt) -> bool:
+        """Whether ``prompt`` shows no fewer and no more examples than allowed, as far as the pool has them."""
+        return min(min(self.shots), len(self.pool)) <= len(prompt.exemplars) <= max(self.shots)
+
     def edit(self, prompt: Prompt, chance: random.Random, attempts: int = 20) -> tuple[str, Prompt] | None:
         """Return a random edit of ``prompt`` and the operator's name; None if no operator changes it."""
         for _ in range(attempts):
@@ -134,12 +138,15 @@ OPERATORS: Mapping[str, Operator] = {
 }
 
 
-def load_space(path: Path | None, pool: Sequence[Exemplar], flag: str = "--space") -> Space:
+def load_space(
+    path: Path | None, pool: Sequence[Exemplar], *, shots: Sequence[int] = (), flag: str = "--space"
+) -> Space:
     """Return the built-in space, with the lists of a YAML file added to it.
 
     Args:
         path: a file with any of the keys of ``space.yaml``, or None.
         pool: worked examples to choose from.
+        shots: numbers of worked examples in place of those of the files.
         flag: where the user named the file.
 
     Raises:
@@ -163,6 +170,7 @@ def load_space(path: Path | None, pool: Sequence[Exemplar], flag: str = "--space
                 raise UserError(f"{where}: unknown key {key!r}{suggest(str(key), (*_LISTS, 'builtin'))}")
             _check(value, key, where)
             found[key] += value
+    found["shots"] = list(shots) or found["shots"]
     for name in ("separators", "instructions"):  # without a choice there is still one way to do it
         found[name] = found[name] or [{"separators": "\n\n", "instructions": ""}[name]]
     for name in ("frames", "shots"):

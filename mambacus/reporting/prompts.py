@@ -8,11 +8,16 @@ from mambacus.reporting.formats import p_text, percent, reference
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.table import Cell, Table
 
-_NAMES = {"default": "default prompt", "optimised": "optimised prompt", "random": "best random prompt"}
+_NAMES = {
+    "default": "default prompt",
+    "fewshot": "first examples",
+    "optimised": "optimised prompt",
+    "random": "best random prompt",
+}
 
 
 def prompt_table(sources: Sequence[Source]) -> Table:
-    """One row per prompt that was confirmed on a test: accuracy, the optimised prompt's gain over it, and the cost."""
+    """One row per prompt confirmed on a test: accuracy, likelihood, the optimised prompt's gain over it, the cost."""
     body = []
     for source in of_kind(sources, "prompt"):
         results = source.record.results
@@ -26,14 +31,19 @@ def prompt_table(sources: Sequence[Source]) -> Table:
                 Cell(f"{test['n']:,}"),
                 Cell(percent(figures["accuracy"]), f"{percent(low)} to {percent(high)}"),
             ]
+            likelihood = f"{figures['loglikelihood']:.1f}"
             if against is None:
                 cost = Cell(f"{tokens['forward']:,}", f"{tokens['times_fewer']:.1f} × fewer than without states")
-                row += [Cell("–"), Cell("–"), cost]
+                row += [Cell("–"), Cell("–"), Cell(likelihood), cost]
             else:
                 gain, ends = 100 * against["difference"], (100 * against["low"], 100 * against["high"])
                 row += [
                     Cell(f"{gain:+.1f} points", f"{ends[0]:+.1f} to {ends[1]:+.1f}"),
                     Cell(p_text(against["p"]), f"+{against['gained']} / −{against['lost']}"),
+                    Cell(
+                        likelihood,
+                        "optimised {difference:+.2f}, {low:+.2f} to {high:+.2f}".format(**against["loglikelihood"]),
+                    ),
                     Cell(""),
                 ]
             body.append(tuple(row))
@@ -44,6 +54,7 @@ def prompt_table(sources: Sequence[Source]) -> Table:
         "#Accuracy, 95 %",
         "#Optimised against it",
         "#p",
+        "#Nats of a worked answer",
         "#Tokens of the search",
     )
     return Table("prompts", columns, tuple(body))

@@ -17,8 +17,9 @@ RESULTS: dict[str, dict[str, type]] = {
     "evaluate": {"tasks": dict}, "solve": {"benches": dict}, "finetune": {"train": dict}, "pretrain": {"train": dict},
     "bench": {}, "study": {"steps": list, "models": list}, "merge": {}, "info": {}, "generate": {},
     "convert": {}, "report": {}, "prompt": {"search": dict, "finals": dict, "test": dict}, "prompt-compile": {},
-    "prompt-tune": {"train": dict}, "state-arithmetic": {"rows": dict}, "sweep": {"axes": list, "runs": list},
-    "controlled": {"rows": list, "summary": list, "predictions": list},
+    "prompt-tune": {"train": dict}, "prompt-states": {"rows": dict}, "state-arithmetic": {"rows": dict},
+    "sweep": {"axes": list, "runs": list}, "controlled": {"rows": list, "summary": list, "predictions": list},
+    "tied-merge": {"rows": list},
 }  # fmt: skip
 
 

@@ -84,6 +84,11 @@ def test_a_model_with_an_adapter_is_another_model(written: tuple[Path, StateFile
     wrapped = get_peft_model(load("random:micro")[0], LoraConfig(target_modules=["in_proj"]))
     with pytest.raises(UserError, match="does not fit"):
         read_state(written[0], wrapped, micro[1])
+    adapted = written[0].with_name("adapted.state")
+    write_state(adapted, written[1], wrapped, micro[1])
+    assert read_state(adapted, wrapped, micro[1]).token_ids == written[1].token_ids
+    with pytest.raises(UserError, match="does not fit"):
+        read_state(adapted, *micro)
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, 2000, -1])
@@ -94,12 +99,19 @@ def test_a_cut_file_is_refused(written: tuple[Path, StateFile], micro: tuple[Any
         read_state(path, *micro)
 
 
-def test_a_changed_byte_is_found(written: tuple[Path, StateFile], micro: tuple[Any, Any]) -> None:
+def test_a_changed_byte_is_found_wherever_it_is(written: tuple[Path, StateFile], micro: tuple[Any, Any]) -> None:
     path, _ = written
-    raw = bytearray(path.read_bytes())
-    raw[-100] ^= 1
-    path.write_bytes(raw)
-    with pytest.raises(UserError, match="damaged"):
+    raw = path.read_bytes()
+    header = int.from_bytes(raw[:8], "little")
+    for place in (*range(0, 8 + header, 23), *range(8 + header, len(raw), 2000), raw.index(b"fingerprint") + 3):
+        changed = bytearray(raw)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match=r"p\.state") as error:
+            read_state(path, *micro)
+        assert "\n" not in str(error.value)
+    path.write_bytes(raw.replace(b"a test", b"a tesT"))
+    with pytest.raises(UserError, match="damaged: its content is not what was written"):
         read_state(path, *micro)
 
 

@@ -14,7 +14,7 @@ from mambacus.data import wordproblems
 from mambacus.data.prompts import qa_completion
 from mambacus.evals.math import grade
 from mambacus.evals.scoring import Counts, Scorer
-from mambacus.models import load
+from mambacus.models import MambaState, load
 from mambacus.prompts import DEFAULT, Exemplar, Prompt
 from mambacus.prompts.journal import Journal
 from mambacus.prompts.judge import Pair, PromptJudge
@@ -102,6 +102,24 @@ def test_few_bytes_of_states_cost_tokens_and_no_score(tiny: tuple[Any, Any]) -> 
     other = Prompt("Q: {question}\nA:", "Solve.")
     tight.scores(other, 1)
     assert len(tight._states._states) == 1
+
+
+def test_states_after_whole_prefixes_outlive_those_after_parts(tiny: tuple[Any, Any]) -> None:
+    size = MambaState.zeros(tiny[0].config).nbytes
+    kept = judge(tiny, state_bytes=6 * size)  # the instruction, three beginnings with examples, and the whole prefix
+    kept.scores(FEWSHOT, 2)
+    kept.scores(Prompt("Q: {question}\nA:", "Work it out.", exemplars=tuple(POOL)), 2)
+    before = kept.tokens.read
+    kept.scores(FEWSHOT, 3)
+    query = encode(tiny[1], FEWSHOT.query(PROBLEMS[2].question))
+    gold = encode(tiny[1], qa_completion(PROBLEMS[2].solution, PROBLEMS[2].answer))
+    assert kept.tokens.read - before == len(query) + len(gold) - 1
+
+
+def test_likelihoods_are_measured_by_any_score(tiny: tuple[Any, Any]) -> None:
+    by_accuracy, by_likelihood = judge(tiny, score="accuracy"), judge(tiny)
+    assert by_accuracy.likelihoods(FEWSHOT, 2) == by_likelihood.scores(FEWSHOT, 2)
+    assert by_accuracy.scores(FEWSHOT, 2) != by_likelihood.scores(FEWSHOT, 2) == by_likelihood.likelihoods(FEWSHOT, 2)
 
 
 def test_the_budget_bounds_what_is_read(tiny: tuple[Any, Any]) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +40,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def optimise(folder: Path, **options: Any) -> prompt_optimise.Config:
     values: dict[str, Any] = {
         "items": 4, "fresh": 4, "pool": 5, "population": 4, "rounds": 2, "first": 2, "finalists": 1,
-        "random_prompts": 2, "test_limit": 4, "max_new_tokens": 6, "device": "cpu", "seed": 3,
+        "random_prompts": 2, "shots": (1, 2), "test_limit": 4, "max_new_tokens": 6, "device": "cpu", "seed": 3,
     }  # fmt: skip
     return prompt_optimise.Config("tiny", "wordproblems", folder / "best.yaml", **(values | options))
 
@@ -56,12 +61,29 @@ def test_a_search_ends_with_a_prompt_a_record_and_items(searched: Path) -> None:
     search, test = record.results["search"], record.results["test"]
     assert search["tokens"]["naive"] > search["tokens"]["forward"] > 0 and search["ended"] == "rounds"
     assert [rung["items"] for rung in search["rungs"]] == [2, 4, 2, 4]
-    assert set(test["prompts"]) == {"default", "optimised", "random"} and test["n"] == 4
-    assert set(test["optimised_against"]) == {"default", "random"}
+    assert set(test["prompts"]) == {"default", "fewshot", "optimised", "random"} and test["n"] == 4
+    assert test["prompts"]["fewshot"]["prompt"].startswith("2-shot, 'Question: ")
+    assert set(test["optimised_against"]) == {"default", "fewshot", "random"}
     items = [item for _, item in read_jsonl(searched / "best.items.jsonl")]
-    assert len(items) == 12
+    assert len(items) == 16
     for name, figures in test["prompts"].items():
-        assert figures["correct"] == sum(item["correct"] for item in items if item["rival"] == name)
+        mine = [item for item in items if item["rival"] == name]
+        assert figures["correct"] == sum(item["correct"] for item in mine)
+        assert figures["loglikelihood"] == pytest.approx(sum(item["loglikelihood"] for item in mine) / 4)
+        assert figures["loglikelihood"] < -5
+    nats = test["optimised_against"]["random"]["loglikelihood"]
+    means = {name: figures["loglikelihood"] for name, figures in test["prompts"].items()}
+    assert nats["difference"] == pytest.approx(means["optimised"] - means["random"], abs=1e-9)
+    assert nats["low"] <= nats["difference"] <= nats["high"]
+
+
+def test_examples_alone_are_read_for_three_times_fewer_tokens(tmp_path: Path) -> None:
+    config = optimise(tmp_path, score="loglikelihood", shots=(6,), pool=8, items=8, first=8, population=6, rounds=1)
+    config = dataclasses.replace(config, rounds=2, finalists=1, fresh=2, random_prompts=0)
+    search = prompt_optimise.run(config).results["search"]
+    assert search["tokens"]["naive"] >= 3 * search["tokens"]["forward"]
+    leaders = [lead for rung in search["rungs"] for lead in rung["leaders"]]
+    assert all("6-shot" in lead["prompt"] or lead["from"] == "default" for lead in leaders)
 
 
 def test_a_search_killed_anywhere_comes_to_the_same_end(searched: Path, tmp_path: Path) -> None:
@@ -75,6 +97,50 @@ def test_a_search_killed_anywhere_comes_to_the_same_end(searched: Path, tmp_path
         for part in ("prompt", "finals", "test"):
             assert _rounded(again[part]) == _rounded(whole[part]), part
         assert (folder / "best.yaml").read_bytes() == (searched / "best.yaml").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_search_killed_by_the_system_comes_to_the_same_end(searched: Path, tmp_path: Path) -> None:
+    flags = {
+        "items": 4, "fresh": 4, "pool": 5, "population": 4, "rounds": 2, "first": 2, "finalists": 1,
+        "random-prompts": 2, "shots": "1,2", "test-limit": 4, "max-new-tokens": 6, "device": "cpu", "seed": 3,
+    }  # fmt: skip
+    argv = [sys.executable, "-m", "mambacus", "prompt", "optimise", "--model", "tiny", "--bench", "wordproblems"]
+    argv += ["--out", str(tmp_path / "best.yaml"), *(f"--{name}={value}" for name, value in flags.items())]
+    journal = tmp_path / "best.journal.jsonl"
+    killed = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+    while killed.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 4):
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -9 and not (tmp_path / "best.yaml").exists()
+    again = subprocess.run([*argv, "--resume"], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "best.yaml").read_bytes() == (searched / "best.yaml").read_bytes()
+    found, whole = (read_record(folder / "best.json").results for folder in (tmp_path, searched))
+    for part in ("prompt", "finals", "test"):
+        assert _rounded(found[part]) == _rounded(whole[part]), part
+
+
+def test_proposals_are_asked_for_where_an_endpoint_is_named_and_nowhere_else(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def answer(request: Any, timeout: float) -> Any:
+        calls.append(request.full_url)
+        message = {"content": json.dumps(["Think of apples."])}
+        return io.BytesIO(json.dumps({"choices": [{"message": message}]}).encode())
+
+    def origins(folder: Path) -> list[str]:
+        rungs = read_record(folder / "best.json").results["search"]["rungs"]
+        return [lead["from"] for rung in rungs for lead in rung["leaders"]]
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    named = {"proposer": "http://127.0.0.1:1/v1", "proposer_model": "m"}
+    quick = {"fresh": 2, "random_prompts": 0, "test_limit": 2, "score": "loglikelihood"}
+    prompt_optimise.run(optimise(tmp_path, **quick, **named))
+    assert calls == ["http://127.0.0.1:1/v1/chat/completions"]  # once: in the second of two rounds
+    assert "proposed" in origins(tmp_path) and "proposed" not in origins(searched)
 
 
 def _rounded(value: Any) -> Any:
@@ -102,12 +168,13 @@ def test_a_compiled_prompt_gives_the_same_text_for_fewer_tokens(compiled: Path) 
 
 
 def test_solve_reads_a_fifth_and_answers_the_same(compiled: Path, tmp_path: Path) -> None:
-    items, read = {}, {}
+    items, read, saved = {}, {}, {}
     for flag, path in (("prompt", compiled / "p.yaml"), ("state", compiled / "p.state")):
         out = tmp_path / f"{flag}.json"
         options: dict[str, Any] = {flag: path, "limit": 12, "max_new_tokens": 24, "device": "cpu"}
         record = solve.run(solve.Config("tiny", ("wordproblems",), out, **options))
         read[flag] = record.results["prompt_tokens"]
+        saved[flag] = record.results.get("prompt_tokens_saved")
         rows = [item for _, item in read_jsonl(tmp_path / f"{flag}.items.jsonl")]
         items[flag] = [(row["id"], row["completion"], row["correct"], row["tokens"]) for row in rows]
     assert items["prompt"] == items["state"] and any(completion for _, completion, _, _ in items["state"])
@@ -116,6 +183,7 @@ def test_solve_reads_a_fifth_and_answers_the_same(compiled: Path, tmp_path: Path
     problems = wordproblems.generate(12, "test", seed=0)
     whole = sum(len(encode(tokenizer, plain.text(problem.question))) for problem in problems)
     prefix = read_record(compiled / "p.json").results["prefix_tokens"]
+    assert saved == {"prompt": None, "state": 12 * prefix}
     assert read["state"] == whole - 12 * prefix and read["state"] * 5 <= whole
     assert read["prompt"] == whole - 11 * prefix  # solve itself reads what its prompts share once
 
@@ -225,6 +293,37 @@ def test_tuning_with_an_offset_leaves_an_adapter_that_fits_its_state(compiled: P
         (
             ["optimise", "--model", "tiny", "--bench", "wordproblems", "--out", "o.yaml", "--proposer", "http://x"],
             "expected --proposer-model",
+        ),
+        (
+            [
+                "optimise",
+                "--model",
+                "tiny",
+                "--bench",
+                "wordproblems",
+                "--out",
+                "o.yaml",
+                "--shots",
+                "9",
+                "--pool",
+                "8",
+            ],
+            "--shots 9: expected at most --pool, 8",
+        ),
+        (["optimise", "--model", "tiny", "--bench", "wordproblems", "--out", "o.yaml", "--space", "none"], "none"),
+        (
+            [
+                "optimise",
+                "--model",
+                "tiny",
+                "--bench",
+                "wordproblems",
+                "--out",
+                "o.yaml",
+                "--proposer",
+                "file:///etc/x",
+            ],
+            "begins with http",
         ),
         (["compile", "--model", "tiny", "--prompt", "none.yaml", "--out", "o.state"], "none.yaml"),
         (["tune", "--model", "tiny", "--state", "none.state", "--data", "wordproblems:9", "--out", "o"], "none.state"),

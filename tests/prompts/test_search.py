@@ -87,6 +87,28 @@ def test_proposals_join_the_next_round() -> None:
     assert judge.scored[mine] and any(s.origin == "proposed" for r in outcome.rungs for s in r.standings)
 
 
+def test_given_prompts_meet_the_default_in_the_first_round() -> None:
+    mine = Prompt(exemplars=POOL[:8])
+    outcome = Search(space(), Known(), Settings(8, 2, 2, 4), first=[mine]).run()
+    first, second = (next(r for r in outcome.rungs if (r.round, r.rung) == (n, 1)) for n in (1, 2))
+    assert [s.origin for s in first.standings if s.prompt in (mine, DEFAULT)] == ["given", "default"]
+    assert first.prompts == 8 and sum(s.origin == "random" for s in first.standings) == 6
+    assert sum(s.origin == "default" for s in second.standings) == 1
+
+
+def test_likelier_answers_decide_where_as_many_are_right() -> None:
+    likely = (-3.0, -5.0, -4.0, -4.0)
+    default = Solved(DEFAULT, [True, False, False, False], likely)
+    fewer = Solved(Prompt(instruction="a"), [False] * 4, [value + 3 for value in likely])
+    likelier = Solved(Prompt(instruction="b"), [False, True, False, False], [value + 2 for value in likely])
+    little = Solved(Prompt(instruction="c"), default.correct, [-2.0, -6.0, -4.1, -3.8])
+    found, reason = choose(default, [fewer, little, likelier])
+    assert found is likelier and "likelier by 2.00 nats" in reason
+    assert choose(default, [fewer, little])[0] is default
+    blind = [dataclasses.replace(one, likelihoods=()) for one in (default, likelier)]
+    assert choose(blind[0], blind[1:])[0] is blind[0]
+
+
 def test_a_winner_must_be_clear() -> None:
     default = Solved(DEFAULT, [True, False, False, False] * 4)
     other, longer = Prompt(instruction="x"), Prompt(instruction="longer")

@@ -69,6 +69,30 @@ def test_a_file_adds_or_replaces(tmp_path: Path, space: Space) -> None:
     assert (own.frames, own.shots, own.instructions, own.separators) == (("{question} =",), (2,), ("",), ("\n\n",))
 
 
+def test_the_documented_space_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/prompts.md").read_text(encoding="utf-8")
+    [example] = [block for block in text.split("```yaml\n")[1:] if block.startswith("builtin: false")]
+    file = tmp_path / "s.yaml"
+    file.write_text(example.partition("```")[0], encoding="utf-8")
+    space = load_space(file, POOL)
+    assert space.frames == ("Q: {question}\nA:", "{question}\nSolution:") and space.shots == (4, 8)
+    assert space.separators == ("\n\n", "\n---\n") and "" in space.instructions and len(space.paraphrases[0]) == 3
+
+
+def test_a_number_of_examples_binds_drawing_and_editing(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("shots: [16]\n", encoding="utf-8")
+    space = load_space(file, POOL, shots=[4])
+    assert space.shots == (4,) and len(space.instructions) > 1
+    chance = random.Random(0)
+    prompt = space.draw(chance)
+    for _ in range(60):
+        assert len(prompt.exemplars) == 4
+        edited = space.edit(prompt, chance)
+        assert edited is not None
+        prompt = edited[1]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
