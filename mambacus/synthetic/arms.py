@@ -2,8 +2,10 @@
 
 The Transformer is transformers' Llama: rotary positions, RMSNorm, gated MLP, no biases (the "Transformer++" of the
 Mamba paper), attention by ``scaled_dot_product_attention``. Both arms tie the output head to the embeddings and start
-alike: normal embeddings of deviation 0.02, torch's own initial linear layers, and what writes to the residual stream
-divided by the root of the number of writers. A Mamba block has about half the parameters of a Transformer layer of its
+alike: normal embeddings of deviation ``1 / sqrt(width)``, torch's own initial linear layers, and what writes to the
+residual stream divided by the root of the number of writers. The usual 0.02 is meant for wide models: in narrow ones
+the layers' outputs drown the embeddings, and a Transformer of width 64 was still guessing at four pairs of `mqar` after
+1000 steps that it recalls in 200 with these. A Mamba block has about half the parameters of a Transformer layer of its
 width, so twice as many make the widths alike.
 """
 
@@ -179,7 +181,10 @@ def build(arm: Arm, vocab_size: int, longest: int, seed: int) -> Learner:
 
 def _mamba(arm: Arm, vocab_size: int) -> MambaLM:
     assert arm.d_state is not None
-    shape = MambaConfig(d_model=arm.width, n_layer=arm.layers, vocab_size=vocab_size, d_state=arm.d_state)
+    shape = MambaConfig(
+        d_model=arm.width, n_layer=arm.layers, vocab_size=vocab_size, d_state=arm.d_state,
+        initializer_range=arm.width**-0.5,
+    )  # fmt: skip
     return MambaLM(shape)
 
 
@@ -190,14 +195,14 @@ def _transformer(arm: Arm, vocab_size: int, longest: int) -> nn.Module:
     shape: Any = LlamaConfig(  # type: ignore[call-arg]  # transformers' types leave out its common keys
         vocab_size=vocab_size, hidden_size=arm.width, intermediate_size=arm.mlp_width, num_hidden_layers=arm.layers,
         num_attention_heads=heads, num_key_value_heads=heads, head_dim=arm.head_dim, max_position_embeddings=longest,
-        tie_word_embeddings=True, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
+        tie_word_embeddings=True, initializer_range=arm.width**-0.5, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(shape)
     with torch.no_grad():
         for layer in model.model.layers:
             for module in layer.modules():
                 if isinstance(module, nn.Linear):
-                    module.reset_parameters()  # as Mamba's: transformers' deviation of 0.02 is meant for wide models
+                    module.reset_parameters()  # as Mamba's
             layer.self_attn.o_proj.weight /= math.sqrt(2 * arm.layers)
             layer.mlp.down_proj.weight /= math.sqrt(2 * arm.layers)
     return model

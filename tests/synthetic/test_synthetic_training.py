@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -38,7 +36,7 @@ def test_an_arm_learns_and_the_same_run_is_the_same(arm):
     outcomes = [train(learner, rows, plan()) for learner in learners]
     assert outcomes[0].curve == outcomes[1].curve
     assert len(outcomes[0].curve) == CURVE_POINTS and outcomes[0].curve[-1][0] == 60
-    assert outcomes[0].curve[0][1] == pytest.approx(math.log(task.vocab_size), rel=0.2)
+    assert outcomes[0].curve[-1][1] < 0.8 * outcomes[0].curve[0][1]
     after = score(learners[0], test)
     assert after == score(learners[1], test)
     assert after["loss"] < 0.8 * before["loss"]
