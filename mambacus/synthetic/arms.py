@@ -195,7 +195,8 @@ def _transformer(arm: Arm, vocab_size: int, longest: int) -> nn.Module:
     shape: Any = LlamaConfig(  # type: ignore[call-arg]  # transformers' types leave out its common keys
         vocab_size=vocab_size, hidden_size=arm.width, intermediate_size=arm.mlp_width, num_hidden_layers=arm.layers,
         num_attention_heads=heads, num_key_value_heads=heads, head_dim=arm.head_dim, max_position_embeddings=longest,
-        tie_word_embeddings=True, initializer_range=arm.width**-0.5, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
+        tie_word_embeddings=True, initializer_range=arm.width**-0.5, attn_implementation="sdpa",
+        bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(shape)
     with torch.no_grad():
