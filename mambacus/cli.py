@@ -27,6 +27,7 @@ VERBS = {
     "convert": "write a model in the Hugging Face or the original format",
     "info": "describe a model: parameters, bytes, state, kernels",
     "pretrain": "train a small model from scratch on text",
+    "controlled": "Mamba against a Transformer of equal size on synthetic tasks",
 }
 
 
