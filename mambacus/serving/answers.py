@@ -105,7 +105,7 @@ class CompletionAnswers(Answers):
         if completion.logprobs is not None:
             scores = list(completion.logprobs)
         if self._echo:
-            ids = self._requests[prompt].ids + ids
+            ids = [*self._requests[prompt].ids, *ids]
             if scores is not None:
                 scores = (completion.prompt_logprobs or []) + scores
         return {
