@@ -286,24 +286,28 @@ def test_faults_of_files_are_one_line(
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
 
 
-def test_one_prompt_of_many_may_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from mambacus.models import MambaConfig, MambaLM, save
+def test_one_prompt_of_many_may_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mambacus.models import MambaConfig, MambaLM
     from mambacus.models.tokenizer import byte_tokenizer
 
     model, tokenizer = (
         MambaLM(MambaConfig(d_model=16, n_layer=1, vocab_size=257, tie_embeddings=False)),
         byte_tokenizer(),
     )
-    model.backbone.embeddings.weight.data[72] = float("nan")  # in every text with this byte
-    save(model, tmp_path / "m", tokenizer)
-    bad = tokenizer.decode([72])
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": f"a{bad}"}) + "\n")
-    argv = ["generate", "--model", str(tmp_path / "m"), "--prompts", str(tmp_path / "p.jsonl")]
-    assert main([*argv, "--device", "cpu", "--max-new-tokens", "2", "--out", str(tmp_path / "o.jsonl")]) == 2
+    [bad] = tokenizer("b")["input_ids"]
+    model.backbone.embeddings.weight.data[bad] = float("nan")
+    monkeypatch.setattr("mambacus.models.load", lambda *_, **__: (model, tokenizer))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "ab"}\n')
+    out = tmp_path / "o.jsonl"
+    argv = ["generate", "--prompts", str(tmp_path / "p.jsonl"), "--out", str(out), "--logit-bias", f"{bad}=-1000"]
+    assert main([*argv, "--max-new-tokens", "2"]) == 2
     assert "1 of 2 prompts failed; first, line 2: the model's logits are NaN" in capsys.readouterr().err
-    good, failed = (json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines())
+    good, failed = (json.loads(line) for line in out.read_text().splitlines())
     assert len(good["completions"]) == 1 and "error" not in good
     assert failed["completions"] == [] and "NaN" in failed["error"]
+    assert read_record(out.with_suffix(".json")).results["failed"] == {"2": failed["error"]}
 
 
 def test_a_file_is_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
