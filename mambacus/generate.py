@@ -15,7 +15,7 @@ from mambacus.runtime.records import Record, Stopwatch, write_jsonl_atomic, writ
 from mambacus.runtime.sampling import SamplingFlags
 
 if TYPE_CHECKING:
-    from mambacus.inference import Completion, Engine, SamplingParams
+    from mambacus.inference import Completion, Engine, Request, SamplingParams
     from mambacus.inference.engine import Prompt
     from mambacus.models.state_files import StateFile
 
@@ -142,37 +142,32 @@ def _one(
         if engine.tokenizer is None:
             raise UserError(f"--prompt-file {config.prompt_file}: the model has no tokenizer")
         prompt = encode_file(engine.tokenizer, config.prompt_file, "--prompt-file")
-    ids = engine.encode(prompt, continues=before is not None)
+    [request] = engine.requests(
+        [prompt], params, before.state if before else None, stream=tell is not None,
+        keep_state=config.save_state is not None, state_ids=before.token_ids if before else (),
+    )  # fmt: skip
     if tell is not None and text is not None:
         tell(text)
-    completions = _complete(config, engine, params, before, ids, tell)
+    completions = _complete(engine, request, tell)
     if config.save_state:
-        _save(config.save_state, engine, before, ids, completions[0])
+        _save(config.save_state, engine, before, request.ids, completions[0])
     source = {"prompt": text} if text is not None else {"prompt_file": str(config.prompt_file)}
     return {**source, "completions": [completion.as_dict() for completion in completions]}
 
 
-def _complete(
-    config: Config,
-    engine: Engine,
-    params: SamplingParams,
-    before: StateFile | None,
-    ids: Sequence[int],
-    tell: Callable[[str], object] | None,
-) -> list[Completion]:
+def _complete(engine: Engine, request: Request, tell: Callable[[str], object] | None) -> list[Completion]:
+    """Run one request, with a progress bar if its prompt is read in several passes."""
     from tqdm import tqdm
 
-    [request] = engine.requests(
-        [ids], params, before.state if before else None, stream=tell is not None,
-        keep_state=config.save_state is not None, state_ids=before.token_ids if before else (),
-    )  # fmt: skip
     found: dict[int, Completion] = {}
-    long = len(ids) > config.prefill_tokens
-    with tqdm(total=len(ids), desc="reading", unit=" tokens", disable=None if long else True) as bar:
+    total = len(request.ids)
+    with tqdm(
+        total=total, desc="reading", unit=" tokens", disable=None if total > engine.prefill_tokens else True
+    ) as bar:
 
         def count(tokens: int) -> None:
             bar.update(tokens)
-            if bar.n >= len(ids):
+            if bar.n >= total:
                 bar.close()
 
         engine.on_read = count

@@ -59,12 +59,11 @@ def build(config: Config) -> tuple[Any, Engine]:
     if missing:
         raise UserError(f"serve needs {' and '.join(missing)}: pip install 'mambacus[serve]'")
     key = _key(config)
-    template = _read(config.chat_template, "--chat-template") if config.chat_template else None
     from mambacus.inference import Engine
+    from mambacus.inference.chat_template import load_template
     from mambacus.models import load
     from mambacus.runtime.device import resolve_device, resolve_dtype
     from mambacus.serving.app import create_app
-    from mambacus.serving.chat import Chat
     from mambacus.serving.limits import Limits
     from mambacus.serving.metrics import Metrics
     from mambacus.serving.service import Service
@@ -82,7 +81,9 @@ def build(config: Config) -> tuple[Any, Engine]:
         config.batch_size + config.most_waiting, config.request_seconds,
     )  # fmt: skip
     service = Service(engine, Metrics(), config.most_waiting)
-    return create_app(service, config.name or config.model, Chat(tokenizer, template), limits, key), engine
+    return create_app(
+        service, config.name or config.model, load_template(tokenizer, config.chat_template), limits, key
+    ), engine
 
 
 def run(config: Config) -> None:

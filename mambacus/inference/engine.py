@@ -81,7 +81,8 @@ class Engine:
         """Complete each prompt ``params.n`` times.
 
         Args:
-            prompts: texts, tokenized without added special tokens, or lists of token ids. An empty prompt starts a new
+            prompts: texts, tokenized without added special tokens, or token ids (an ``array('q')`` of a very long
+                prompt is not copied). An empty prompt starts a new
                 document; after a ``state`` it is refused, since a state holds no logits.
             params: how to choose tokens, for all prompts or for each; greedy by default.
             state: every prompt goes on from it: one row for all, or one row for each.
@@ -141,7 +142,7 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise TypeError("prompts: expected a list of prompts, got one string")
-        ids = [self.encode(prompt, continues=state is not None) for prompt in prompts]
+        ids = [self._ids(prompt, continues=state is not None) for prompt in prompts]
         every = _for_each(params or SamplingParams(), len(ids))
         for one in every:
             self._check(one)
@@ -180,15 +181,12 @@ class Engine:
         assert state is not None
         return state
 
-    def encode(self, prompt: Prompt, *, continues: bool = False) -> Sequence[int]:
+    def encode(self, prompt: Prompt, *, continues: bool = False) -> list[int]:
         """Return the token ids of a prompt; an empty one that does not continue a state starts a document.
-
-        An ``array('q')`` is taken as it is: a very long prompt needs eight bytes a token then.
 
         Raises:
             UserError: not text, no tokenizer, a token that the model does not know, or nothing to read after a state.
         """
-        ids: Sequence[int]
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError("a text prompt needs a tokenizer; this model has none")
@@ -196,14 +194,9 @@ class Engine:
                 raise UserError("the prompt holds half of a surrogate pair, which is no character")
             ids = list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
         else:
-            ids = prompt if isinstance(prompt, array) else [int(token) for token in prompt]
-        if len(ids):
-            wrong = next((token for token in ids if not 0 <= token < self._base.config.padded_vocab_size), None)
-            if wrong is not None:
-                raise UserError(
-                    f"token id {wrong}: the model's vocabulary has {self._base.config.padded_vocab_size} tokens; "
-                    "is the tokenizer another model's?"
-                )
+            ids = [int(token) for token in prompt]
+        if ids:
+            self._check_ids(ids)
             return ids
         if continues or isinstance(self.model, PrimedModel):
             raise UserError("an empty prompt cannot follow a state: give at least one token to read")
@@ -213,13 +206,28 @@ class Engine:
             raise UserError("an empty prompt needs a model with a token that starts a document (bos_token_id)")
         return [start]
 
+    def _ids(self, prompt: Prompt, *, continues: bool) -> Sequence[int]:
+        """Return what `encode` does, but an ``array`` as it is: eight bytes a token of a very long prompt."""
+        if isinstance(prompt, array) and len(prompt):
+            self._check_ids(prompt)
+            return prompt
+        return self.encode(prompt, continues=continues)
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        size = self._base.config.padded_vocab_size
+        wrong = next((token for token in ids if not 0 <= token < size), None)
+        if wrong is not None:
+            raise UserError(
+                f"token id {wrong}: the model's vocabulary has {size} tokens; is the tokenizer another model's?"
+            )
+
     def check(self, prompt: Prompt, params: SamplingParams, *, continues: bool = False) -> None:
         """Find fault with a prompt now and not when it is asked.
 
         Raises:
             UserError: as `generate`.
         """
-        self.encode(prompt, continues=continues)
+        self._ids(prompt, continues=continues)
         self._check(params)
 
     def _check(self, params: SamplingParams) -> None:

@@ -103,7 +103,7 @@ def _prompt(row: dict[str, Any]) -> str | list[int]:
 
 
 def _params(row: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
-    changes = {}
+    changes: dict[str, Any] = {}
     for key, (kinds, expected) in _SETTINGS.items():
         if key not in row:
             continue

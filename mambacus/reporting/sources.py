@@ -16,6 +16,7 @@ from mambacus.runtime.records import Record, read_json, read_jsonl, read_record
 RESULTS: dict[str, dict[str, type]] = {
     "evaluate": {"tasks": dict}, "solve": {"benches": dict}, "finetune": {"train": dict}, "pretrain": {"train": dict},
     "bench": {"rows": list}, "study": {"steps": list, "models": list}, "merge": {}, "info": {}, "generate": {},
+    "chat": {}, "serve-soak": {},
     "convert": {}, "report": {}, "prompt": {"search": dict, "finals": dict, "test": dict}, "prompt-compile": {},
     "prompt-tune": {"train": dict}, "state-arithmetic": {"rows": dict},
 }  # fmt: skip
