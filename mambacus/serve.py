@@ -26,6 +26,7 @@ class Config:
 
     model: str = opt("tiny", help="tiny, a folder, a hub id or random:SIZE")
     adapter: str | None = opt(None, help="PEFT adapter folder to attach", metavar="DIR")
+    state: Path | None = opt(None, help="compiled prompt that every request goes on from", metavar="FILE.state")
     name: str | None = opt(None, help="the model's name in the API (default: as --model)")
     host: str = opt("127.0.0.1", help="address to listen on; the default is reached from this machine alone")
     port: int = opt(8000, help="port to listen on; 0: any free one", least=0, most=65535)
@@ -53,7 +54,7 @@ def build(config: Config) -> tuple[Any, Engine]:
     """Return the ASGI application and its engine.
 
     Raises:
-        UserError: a package, model, key or template that is not there.
+        UserError: a package, model, state, key or template that is not there; a state of another model.
     """
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
@@ -62,6 +63,8 @@ def build(config: Config) -> tuple[Any, Engine]:
     from mambacus.inference import Engine
     from mambacus.inference.chat_template import load_template
     from mambacus.models import load
+    from mambacus.models.primed import PrimedModel
+    from mambacus.models.state_files import read_state
     from mambacus.runtime.device import resolve_device, resolve_dtype
     from mambacus.serving.app import create_app
     from mambacus.serving.limits import Limits
@@ -72,6 +75,8 @@ def build(config: Config) -> tuple[Any, Engine]:
         config.model, resolve_device(config.device), resolve_dtype(config.dtype), config.adapter,
         tokenizer=config.tokenizer, data_dir=config.data_dir,
     )  # fmt: skip
+    if config.state:
+        model = PrimedModel(model, read_state(config.state, model, tokenizer).state)
     engine = Engine(
         model, tokenizer, batch_size=config.batch_size, prefill_tokens=config.prefill_tokens,
         prefix_cache_bytes=config.prefix_cache_mb << 20,

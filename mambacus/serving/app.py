@@ -77,6 +77,7 @@ class Handlers:
             "generated_tokens_total": ("counter", "Tokens chosen.", stats.generated_tokens),
             "prefill_seconds_total": ("counter", "Time spent reading.", stats.prefill_seconds),
             "decode_seconds_total": ("counter", "Time spent choosing.", stats.decode_seconds),
+            "state_tokens": ("gauge", "Tokens behind the state that every request goes on from.", service.state_tokens),
             "completions_active": ("gauge", "Completions being decoded.", service.active),
             "completions_unfinished": ("gauge", "Completions asked for and not finished.", service.unfinished),
         }  # fmt: skip

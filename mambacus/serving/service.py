@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from mambacus.inference import Engine, Piece, Request, SamplingParams
 from mambacus.inference.engine import Prompt
+from mambacus.models.primed import PrimedModel
 from mambacus.serving.metrics import Metrics
 
 LOG = logging.getLogger("mambacus.serve")
@@ -31,11 +32,17 @@ class Service:
         engine: what completes; nobody else may use it meanwhile.
         metrics: counted in.
         most_waiting: most completions asked for and not finished, beyond those being decoded.
+
+    Attributes:
+        fault: why the engine has stopped, None while it works.
+        state_tokens: tokens behind the state that every request goes on from, 0 without one.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, most_waiting: int) -> None:
         self.engine, self.metrics, self.most_waiting = engine, metrics, most_waiting
         self.fault: str | None = None
+        # Asked for once: no thread but the engine's may use its device later.
+        self.state_tokens = int(engine.model.start().tokens) if isinstance(engine.model, PrimedModel) else 0
         self._scheduler = engine.scheduler()
         self._numbers = itertools.count()
         self._open: dict[int, asyncio.Queue[Piece]] = {}  # of the event loop alone
