@@ -75,10 +75,9 @@ def build(config: Config) -> tuple[Any, Engine]:
         config.model, resolve_device(config.device), resolve_dtype(config.dtype), config.adapter,
         tokenizer=config.tokenizer, data_dir=config.data_dir,
     )  # fmt: skip
-    if config.state:
-        model = PrimedModel(model, read_state(config.state, model, tokenizer).state)
+    primed = PrimedModel(model, read_state(config.state, model, tokenizer).state) if config.state else model
     engine = Engine(
-        model, tokenizer, batch_size=config.batch_size, prefill_tokens=config.prefill_tokens,
+        primed, tokenizer, batch_size=config.batch_size, prefill_tokens=config.prefill_tokens,
         prefix_cache_bytes=config.prefix_cache_mb << 20,
     )  # fmt: skip
     limits = Limits(

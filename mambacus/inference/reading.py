@@ -194,10 +194,10 @@ class Reader:
         shorter, those are always the last rows.
         """
         parts = [item.request.ids[item.position : item.end] for item in group]
-        width = max(1, self._most_tokens // max(1, len(group)))
         state = self._join([item.state for item in group])
-        for start in range(0, len(parts[0]) if parts else 0, width):
-            active = sum(len(part) > start for part in parts)
+        start = 0
+        while active := sum(len(part) > start for part in parts):
+            width = max(1, self._most_tokens // active)
             chunk = [part[start : start + width] for part in parts[:active]]
             out = self._model(**_pad(chunk, self._base.device), state=state)
             staying = sum(len(part) > start + width for part in parts)
@@ -207,6 +207,7 @@ class Reader:
                 self._end(group[row], out.logits[row], out.state.narrow(row, 1))
             state = out.state.narrow(0, staying) if staying else None
             self._on_read(sum(map(len, chunk)))
+            start += width
             yield
 
     def _join(self, states: Sequence[MambaState | None]) -> MambaState | None:

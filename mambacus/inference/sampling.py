@@ -118,13 +118,14 @@ def choose_tokens(logits: Tensor, params: SamplingParams, draws: Tensor | None, 
         highest, token = logits.max(-1)  # NaN counts as the highest
         return token.masked_fill(highest.isnan(), -1)
     assert draws is not None
-    # The highest logit becomes 0 before the division: a tiny temperature must not make infinities of them all.
-    logits = logits - logits.amax(-1, keepdim=True)
-    probabilities = torch.softmax(logits / max(params.temperature, _LEAST_TEMPERATURE), dim=-1)
     order = None
     if params.top_k or params.top_p < 1 or params.min_p > 0:
         k = min(params.top_k or logits.shape[-1], logits.shape[-1])
-        probabilities, order = probabilities.topk(k, dim=-1)  # likeliest first
+        logits, order = logits.topk(k, dim=-1)  # likeliest first
+    # The highest logit becomes 0 before the division: a tiny temperature must not make infinities of them all.
+    logits = logits - logits.amax(-1, keepdim=True)
+    probabilities = torch.softmax(logits / max(params.temperature, _LEAST_TEMPERATURE), dim=-1)
+    if order is not None:
         probabilities = _truncate(probabilities, params)
     cumulative = probabilities.double().cumsum(-1)
     points = draws[:, None] * cumulative[:, -1:]
