@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -35,6 +36,7 @@ from mambacus.runtime.outputs import claim_file
 from mambacus.runtime.records import Stopwatch, write_record
 
 KINDS = 256  # different requests, so that all can be completed offline beforehand
+MARGIN = 1e-5  # of probability: batches of other sizes round differently, by about 1e-7
 ALLOWED_GROWTH = 0.05  # of the server's memory, from the first half to the second
 
 
@@ -74,8 +76,8 @@ def body(kind: int) -> dict[str, Any]:
     }
 
 
-def offline(model_name: str) -> list[str]:
-    """Return the texts that all requests must be answered with."""
+def offline(model_name: str) -> dict[int, str]:
+    """Return the text that each request must be answered with: kind -> text, without those that rounding decides."""
     from mambacus.inference import Engine, SamplingParams
     from mambacus.models import load
 
@@ -88,7 +90,33 @@ def offline(model_name: str) -> list[str]:
         for one in bodies
     ]  # fmt: skip
     engine = Engine(*load(model_name, "cpu"))
-    return [row[0].text for row in engine.generate([one["prompt"] for one in bodies], params)]
+    requests = engine.requests([one["prompt"] for one in bodies], params)
+    completions = engine.generate([request.ids for request in requests], params)
+    texts = {}
+    for kind, (request, [completion]) in enumerate(zip(requests, completions, strict=True)):
+        if clear(engine.model, request, completion.token_ids):
+            texts[kind] = completion.text
+    return texts
+
+
+def clear(model: Any, request: Any, tokens: list[int]) -> bool:
+    """Return whether every token would also have been chosen with a draw a little smaller or larger."""
+    import torch
+
+    from mambacus.inference.sampling import choose_tokens
+
+    read = [*request.ids, *tokens[:-1]]
+    with torch.inference_mode():
+        logits = model(torch.tensor([read])).logits[0, len(request.ids) - 1 :]
+    if request.params.temperature == 0:
+        best = logits.topk(2, dim=-1).values
+        return bool((best[:, 0] - best[:, 1] > MARGIN).all())
+    source = request.generator(0)
+    draws = torch.tensor([source.random() for _ in tokens], dtype=torch.float64)
+    return all(
+        choose_tokens(logits, request.params, (draws + shift).clamp(0, 1 - 1e-12)).tolist() == tokens
+        for shift in (-MARGIN, 0.0, MARGIN)
+    )
 
 
 @contextlib.contextmanager
@@ -106,15 +134,15 @@ def server(config: Config) -> Iterator[tuple[str, psutil.Process]]:
                 raise UserError(f"the server ended with status {process.returncode}")
 
 
-async def load(url: str, process: psutil.Process, config: Config, expected: list[str], seen: Seen) -> None:
+async def load(url: str, process: psutil.Process, config: Config, expected: dict[int, str], seen: Seen) -> None:
     """Keep the streams open for as long as the load lasts."""
     end = time.monotonic() + config.seconds
     limits = httpx.Limits(max_connections=config.streams)
-    numbers = iter(range(10**9))
+    numbers, kinds = itertools.count(), sorted(expected)
 
     async def client(http: httpx.AsyncClient) -> None:
         while time.monotonic() < end:
-            kind = next(numbers) * 97 % KINDS
+            kind = kinds[next(numbers) * 97 % len(kinds)]
             try:
                 text = await stream(http, body(kind), seen)
             except (httpx.HTTPError, ValueError) as error:
@@ -197,6 +225,7 @@ def main(argv: list[str]) -> None:
         began = time.monotonic()
         asyncio.run(load(url, process, config, expected, seen))
         results = figures(seen, time.monotonic() - began)
+        results["kinds_of_request"] = len(expected)
         results["metrics"] = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if line[:1] != "#"]
     write_record(config.out, watch.record("serve-soak", config.model, config, results))
     memory, latency = results["memory_bytes"], results["first_token_seconds"]
