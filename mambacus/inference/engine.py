@@ -207,8 +207,8 @@ class Engine:
         return [start]
 
     def _ids(self, prompt: Prompt, *, continues: bool) -> Sequence[int]:
-        """Return what `encode` does, but an ``array`` as it is: eight bytes a token of a very long prompt."""
-        if isinstance(prompt, array) and len(prompt):
+        """Return what `encode` does, but an ``array('q')`` as it is: eight bytes a token of a very long prompt."""
+        if isinstance(prompt, array) and prompt.typecode == "q" and len(prompt):
             self._check_ids(prompt)
             return prompt
         return self.encode(prompt, continues=continues)

@@ -86,7 +86,8 @@ class SamplingParams:
 
 def generator_for(seed: int, prompt_ids: Sequence[int], sample: int) -> random.Random:
     """Return the source of randomness of one completion: the ``sample``-th of this prompt under this seed."""
-    prompt = hashlib.sha256(array("q", prompt_ids).tobytes()).hexdigest()
+    ids = prompt_ids if isinstance(prompt_ids, array) else array("q", prompt_ids)
+    prompt = hashlib.sha256(ids).hexdigest()
     return random.Random(f"{seed}/{prompt}/{sample}")
 
 
