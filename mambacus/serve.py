@@ -106,10 +106,14 @@ def run(config: Config) -> None:
 
 
 def warm_up(engine: Engine) -> None:
-    """Complete a few short prompts, so that no client waits for kernels to be compiled."""
+    """Complete a few short prompts, so that no client waits for kernels to be compiled or graphs to be recorded."""
     from mambacus.inference import SamplingParams
+    from mambacus.inference.decoder import BUCKETS
 
-    for prompts in (1, 3):
+    on_gpu = next(engine.model.parameters()).is_cuda
+    for prompts in sorted({*BUCKETS, engine.batch_size}) if on_gpu else (1, 3):
+        if prompts > engine.batch_size:
+            continue
         list(engine.generate([[0] * 40] * prompts, SamplingParams(max_new_tokens=3, ignore_eos=True)))
 
 

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Sequence
 
-from mambacus.inference import Engine, Piece, Request, SamplingParams
+from mambacus.inference import Engine, Piece, Request, SamplingParams, Scheduler
 from mambacus.inference.engine import Prompt
 from mambacus.models.primed import PrimedModel
 from mambacus.serving.metrics import Metrics
@@ -43,7 +43,7 @@ class Service:
         self.fault: str | None = None
         # Asked for once: no thread but the engine's may use its device later.
         self.state_tokens = int(engine.model.start().tokens) if isinstance(engine.model, PrimedModel) else 0
-        self._scheduler = engine.scheduler()
+        self._scheduler: Scheduler
         self._numbers = itertools.count()
         self._open: dict[int, asyncio.Queue[Piece]] = {}  # of the event loop alone
         self._unfinished = 0
@@ -54,7 +54,8 @@ class Service:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Start the engine's thread; call it from the event loop."""
+        """Start the engine's thread, with the rows and graphs that it has by now; call it from the event loop."""
+        self._scheduler = self.engine.scheduler()
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
