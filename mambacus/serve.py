@@ -26,6 +26,7 @@ class Config:
 
     model: str = opt("tiny", help="tiny, a folder, a hub id or random:SIZE")
     adapter: str | None = opt(None, help="PEFT adapter folder to attach", metavar="DIR")
+    state: Path | None = opt(None, help="compiled prompt that every request goes on from", metavar="FILE.state")
     name: str | None = opt(None, help="the model's name in the API (default: as --model)")
     host: str = opt("127.0.0.1", help="address to listen on; the default is reached from this machine alone")
     port: int = opt(8000, help="port to listen on; 0: any free one", least=0, most=65535)
@@ -53,18 +54,19 @@ def build(config: Config) -> tuple[Any, Engine]:
     """Return the ASGI application and its engine.
 
     Raises:
-        UserError: a package, model, key or template that is not there.
+        UserError: a package, model, state, key or template that is not there; a state of another model.
     """
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"serve needs {' and '.join(missing)}: pip install 'mambacus[serve]'")
     key = _key(config)
-    template = _read(config.chat_template, "--chat-template") if config.chat_template else None
     from mambacus.inference import Engine
+    from mambacus.inference.chat_template import load_template
     from mambacus.models import load
+    from mambacus.models.primed import PrimedModel
+    from mambacus.models.state_files import read_state
     from mambacus.runtime.device import resolve_device, resolve_dtype
     from mambacus.serving.app import create_app
-    from mambacus.serving.chat import Chat
     from mambacus.serving.limits import Limits
     from mambacus.serving.metrics import Metrics
     from mambacus.serving.service import Service
@@ -73,8 +75,9 @@ def build(config: Config) -> tuple[Any, Engine]:
         config.model, resolve_device(config.device), resolve_dtype(config.dtype), config.adapter,
         tokenizer=config.tokenizer, data_dir=config.data_dir,
     )  # fmt: skip
+    primed = PrimedModel(model, read_state(config.state, model, tokenizer).state) if config.state else model
     engine = Engine(
-        model, tokenizer, batch_size=config.batch_size, prefill_tokens=config.prefill_tokens,
+        primed, tokenizer, batch_size=config.batch_size, prefill_tokens=config.prefill_tokens,
         prefix_cache_bytes=config.prefix_cache_mb << 20,
     )  # fmt: skip
     limits = Limits(
@@ -82,7 +85,9 @@ def build(config: Config) -> tuple[Any, Engine]:
         config.batch_size + config.most_waiting, config.request_seconds,
     )  # fmt: skip
     service = Service(engine, Metrics(), config.most_waiting)
-    return create_app(service, config.name or config.model, Chat(tokenizer, template), limits, key), engine
+    return create_app(
+        service, config.name or config.model, load_template(tokenizer, config.chat_template), limits, key
+    ), engine
 
 
 def run(config: Config) -> None:
@@ -101,10 +106,14 @@ def run(config: Config) -> None:
 
 
 def warm_up(engine: Engine) -> None:
-    """Complete a few short prompts, so that no client waits for kernels to be compiled."""
+    """Complete a few short prompts, so that no client waits for kernels to be compiled or graphs to be recorded."""
     from mambacus.inference import SamplingParams
+    from mambacus.inference.decoder import BUCKETS
 
-    for prompts in (1, 3):
+    on_gpu = next(engine.model.parameters()).is_cuda
+    for prompts in sorted({*BUCKETS, engine.batch_size}) if on_gpu else (1, 3):
+        if prompts > engine.batch_size:
+            continue
         list(engine.generate([[0] * 40] * prompts, SamplingParams(max_new_tokens=3, ignore_eos=True)))
 
 

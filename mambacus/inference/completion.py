@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from mambacus.models import MambaState
 
@@ -34,6 +35,7 @@ class Completion:
         logprobs: one score for each of ``token_ids``, if asked for.
         prompt_logprobs: one score for each token of the prompt, None for the first, if asked for.
         state: the state after the prompt and all of ``token_ids`` but the last, if asked for.
+        prompt_state: the state after the prompt, if states were asked for.
     """
 
     text: str
@@ -42,6 +44,16 @@ class Completion:
     logprobs: list[TokenScore] | None = None
     prompt_logprobs: list[TokenScore | None] | None = None
     state: MambaState | None = dataclasses.field(default=None, compare=False, repr=False)
+    prompt_state: MambaState | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return text, tokens, the reason of the end and, if they were asked for, scores, as JSON values."""
+        plain: dict[str, Any] = {
+            "text": self.text, "token_ids": self.token_ids, "finish_reason": self.finish_reason,
+        }  # fmt: skip
+        if self.logprobs is not None:
+            plain["logprobs"] = [dataclasses.asdict(score) for score in self.logprobs]
+        return plain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from mambacus.inference.reading import Request, read_alone
 from mambacus.inference.sampling import SamplingParams
 from mambacus.inference.scheduler import Scheduler
 from mambacus.inference.stats import EngineStats
+from mambacus.inference.text import stop_tokens
 from mambacus.models import MambaLM, MambaState
+from mambacus.models.primed import PrimedModel
 from mambacus.runtime.errors import UserError
 
 Prompt = str | Sequence[int]
@@ -73,16 +76,19 @@ class Engine:
         *,
         progress: Callable[[int], object] | None = None,
         keep_state: bool = False,
+        state_ids: Collection[int] = (),
     ) -> list[list[Completion]]:
         """Complete each prompt ``params.n`` times.
 
         Args:
-            prompts: texts, tokenized without added special tokens, or lists of token ids. An empty prompt starts a new
+            prompts: texts, tokenized without added special tokens, or token ids (an ``array('q')`` of a very long
+                prompt is not copied). An empty prompt starts a new
                 document; after a ``state`` it is refused, since a state holds no logits.
             params: how to choose tokens, for all prompts or for each; greedy by default.
             state: every prompt goes on from it: one row for all, or one row for each.
             progress: called with the number of prompts just finished.
             keep_state: completions carry their state.
+            state_ids: the tokens behind ``state``, where they are known: a repetition penalty applies to them too.
 
         Returns:
             For each prompt, in order, its completions. They do not depend on the other prompts or on ``batch_size``,
@@ -91,10 +97,10 @@ class Engine:
         Raises:
             UserError: a text without a tokenizer, an empty prompt after a state, a state of another model.
         """
-        requests = self.requests(prompts, params, state, keep_state=keep_state)
+        requests = self.requests(prompts, params, state, keep_state=keep_state, state_ids=state_ids)
         finished: list[list[Completion | None]] = [[None] * request.params.n for request in requests]
         left = [request.params.n for request in requests]
-        for piece in self._run(sorted(requests, key=lambda request: -len(request.ids))):  # little is padded then
+        for piece in self.run(sorted(requests, key=lambda request: -len(request.ids))):  # little is padded then
             if piece.error is not None:
                 raise UserError(piece.error)
             finished[piece.prompt][piece.sample] = piece.completion
@@ -118,8 +124,7 @@ class Engine:
         Raises:
             UserError: as `generate`.
         """
-        requests = self.requests(prompts, params, state, keep_state=keep_state, stream=True)
-        return self._run(requests)
+        return self.run(self.requests(prompts, params, state, keep_state=keep_state, stream=True))
 
     def requests(
         self,
@@ -129,18 +134,24 @@ class Engine:
         *,
         stream: bool = False,
         keep_state: bool = False,
+        state_ids: Collection[int] = (),
     ) -> list[Request]:
-        """Return what `Scheduler.submit` takes, checked, one for each prompt; the arguments are those of `generate`."""
+        """Return what `run` and `Scheduler.submit` take, checked, one for each prompt.
+
+        The arguments are those of `generate`; with ``stream`` a piece is made for every token.
+        """
         if isinstance(prompts, str):
             raise TypeError("prompts: expected a list of prompts, got one string")
-        ids = [self.encode(prompt, continues=state is not None) for prompt in prompts]
+        ids = [self._ids(prompt, continues=state is not None) for prompt in prompts]
         every = _for_each(params or SamplingParams(), len(ids))
         for one in every:
             self._check(one)
         state = self._fit(state, len(ids)) if state is not None else None
         rows = [None if state is None else state.narrow(i if state.batch > 1 else 0, 1) for i in range(len(ids))]
+        behind = frozenset(state_ids)
         return [
-            Request(ids[i], every[i], i, rows[i], stream=stream, keep_state=keep_state) for i in range(len(ids))
+            Request(ids[i], every[i], i, rows[i], behind, stream=stream, keep_state=keep_state)
+            for i in range(len(ids))
         ]  # fmt: skip
 
     def scheduler(self) -> Scheduler:
@@ -171,7 +182,11 @@ class Engine:
         return state
 
     def encode(self, prompt: Prompt, *, continues: bool = False) -> list[int]:
-        """Return the token ids of a prompt; an empty one that does not continue a state starts a document."""
+        """Return the token ids of a prompt; an empty one that does not continue a state starts a document.
+
+        Raises:
+            UserError: not text, no tokenizer, a token that the model does not know, or nothing to read after a state.
+        """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError("a text prompt needs a tokenizer; this model has none")
@@ -181,14 +196,9 @@ class Engine:
         else:
             ids = [int(token) for token in prompt]
         if ids:
-            wrong = next((token for token in ids if not 0 <= token < self._base.config.padded_vocab_size), None)
-            if wrong is not None:
-                raise UserError(
-                    f"token id {wrong}: the model's vocabulary has {self._base.config.padded_vocab_size} tokens; "
-                    "is the tokenizer another model's?"
-                )
+            self._check_ids(ids)
             return ids
-        if continues:
+        if continues or isinstance(self.model, PrimedModel):
             raise UserError("an empty prompt cannot follow a state: give at least one token to read")
         start = getattr(self.tokenizer, "bos_token_id", None)
         start = start if start is not None else self._base.config.bos_token_id
@@ -196,9 +206,34 @@ class Engine:
             raise UserError("an empty prompt needs a model with a token that starts a document (bos_token_id)")
         return [start]
 
+    def _ids(self, prompt: Prompt, *, continues: bool) -> Sequence[int]:
+        """Return what `encode` does, but an ``array('q')`` as it is: eight bytes a token of a very long prompt."""
+        if isinstance(prompt, array) and prompt.typecode == "q" and len(prompt):
+            self._check_ids(prompt)
+            return prompt
+        return self.encode(prompt, continues=continues)
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        size = self._base.config.padded_vocab_size
+        wrong = next((token for token in ids if not 0 <= token < size), None)
+        if wrong is not None:
+            raise UserError(
+                f"token id {wrong}: the model's vocabulary has {size} tokens; is the tokenizer another model's?"
+            )
+
+    def check(self, prompt: Prompt, params: SamplingParams, *, continues: bool = False) -> None:
+        """Find fault with a prompt now and not when it is asked.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        self._ids(prompt, continues=continues)
+        self._check(params)
+
     def _check(self, params: SamplingParams) -> None:
         if params.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer")
+        stop_tokens(self.tokenizer, params.stop)
         size = self._base.config.padded_vocab_size
         wrong = next((token for token in params.logit_bias if not 0 <= token < size), None)
         if wrong is not None:
@@ -212,8 +247,12 @@ class Engine:
             raise UserError(f"the state does not fit the model: {misfit}")
         return state.to(self._base.device, self._base.dtype)
 
-    def _run(self, requests: Sequence[Request]) -> Iterator[Piece]:
-        """Yield the pieces of all requests; if the caller stops listening, they are given up."""
+    def run(self, requests: Sequence[Request]) -> Iterator[Piece]:
+        """Yield the pieces of what `requests` returned, as they come.
+
+        One whose ``cancelled`` is set is given up; all are if the caller stops listening. A request that fails has an
+        ``error`` in its last piece, and the others go on.
+        """
         scheduler = self.scheduler()
         try:
             for request in requests:

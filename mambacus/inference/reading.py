@@ -28,25 +28,29 @@ class Request:
         params: how to complete it.
         number: the caller's number for it.
         state: read the tokens after this one (one row); such a prompt takes no part in the prefix cache.
+        state_ids: the tokens behind it, as far as they are known; a repetition penalty applies to them too.
         stream: tell of every token, not only of whole completions.
         keep_state: completions carry their state.
         cancelled: set by the caller, from any thread, to give it up.
+        cached: how many of ``ids`` were not read, since the prefix cache had a state after them.
     """
 
-    ids: list[int]
+    ids: Sequence[int]
     params: SamplingParams
     number: int = 0
     state: MambaState | None = None
+    state_ids: frozenset[int] = frozenset()
     stream: bool = False
     keep_state: bool = False
     cancelled: bool = False
+    cached: int = 0
 
     def generator(self, sample: int) -> random.Random:
         """Return the source of randomness of one of its completions."""
         return generator_for(self.params.seed, self.ids, sample)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Reading:
     """A request being read: how far, and where a state is to be taken on the way."""
 
@@ -59,6 +63,10 @@ class _Reading:
     @property
     def end(self) -> int:
         return self.branch or len(self.request.ids)
+
+    @property
+    def left(self) -> int:
+        return self.end - self.position
 
 
 @dataclasses.dataclass
@@ -103,7 +111,7 @@ class Reader:
         self._cache, self._on_read = cache, on_read
         self._waiting: deque[_Reading] = deque()
         self._passes: Iterator[None] | None = None
-        self._group: list[_Reading] = []
+        self._group: list[_Reading] = []  # those that have not ended
         self.ready: deque[Ready] = deque()
 
     def __len__(self) -> int:
@@ -117,7 +125,7 @@ class Reader:
     def drop_cancelled(self) -> list[tuple[Request, int]]:
         """Forget the requests that were cancelled; return them with how many of their completions have begun.
 
-        Those in a batch that is being read leave when it has been read, or at once if all of it was cancelled.
+        Those in a batch that is being read leave at once if all that is left of it was cancelled.
         """
         dropped = [(item.request, 0) for item in self._waiting if item.request.cancelled]
         dropped += [(item.request, item.begun) for item in self.ready if item.request.cancelled]
@@ -125,8 +133,7 @@ class Reader:
             self._waiting = deque(item for item in self._waiting if not item.request.cancelled)
             self.ready = deque(item for item in self.ready if not item.request.cancelled)
         if self._group and all(item.request.cancelled for item in self._group):
-            # Those of the group that have ended are among the waiting or the ready ones, dropped above.
-            dropped += [(item.request, 0) for item in self._group if item.position < item.end]
+            dropped += [(item.request, 0) for item in self._group]
             self._passes, self._group = None, []
         return dropped
 
@@ -135,16 +142,27 @@ class Reader:
 
         Prompts that it completes are appended to ``ready``.
         """
+        if self._lets_join(most_prompts):
+            self._waiting.extendleft(reversed(self._group))
+            self._passes, self._group = None, []
         if self._passes is None:
             self._group = self._next_group(most_prompts)
             if not self._group:
                 return False
             alone = self._group[0]
-            self._passes = self._score(alone) if alone.scores is not None else self._read_group(self._group)
+            self._passes = self._score(alone) if alone.scores is not None else self._read_group(tuple(self._group))
         if next(self._passes, self) is self:
             self._passes, self._group = None, []
             return self.read(most_prompts) if not self.ready else True
         return True
+
+    def _lets_join(self, most: int) -> bool:
+        """Return whether the next prompt is so much shorter than what is being read that it must not wait for it."""
+        if not self._group or not self._waiting or len(self._group) >= most:
+            return False
+        next_one = self._waiting[0]
+        alone = next_one.scores is not None or self._group[0].scores is not None
+        return not alone and 2 * next_one.left <= max(item.left for item in self._group)
 
     def _next_group(self, most: int) -> list[_Reading]:
         """Take what is read together: neighbours in the queue, longest first; a scored prompt is read alone."""
@@ -159,6 +177,7 @@ class Reader:
                 item.branch = plan.branch
                 if plan.entry is not None:
                     item.position, item.state = len(plan.entry.tokens), plan.entry.state
+                    item.request.cached = item.position
                     if item.position == len(item.request.ids):
                         assert plan.entry.logits is not None
                         self.ready.append(Ready(item.request, plan.entry.logits, plan.entry.state))
@@ -166,26 +185,29 @@ class Reader:
             group.append(item)
             if item.scores is not None:
                 break
-        return sorted(group, key=lambda item: item.position - item.end)
+        return sorted(group, key=lambda item: -item.left)
 
-    def _read_group(self, group: list[_Reading]) -> Iterator[None]:
+    def _read_group(self, group: Sequence[_Reading]) -> Iterator[None]:
         """Read a group, longest first, in chunks of columns; yield after each.
 
         A prompt that ends is padded on the right to its chunk's end and then leaves the batch; as the prompts get
         shorter, those are always the last rows.
         """
         parts = [item.request.ids[item.position : item.end] for item in group]
-        width = max(1, self._most_tokens // max(1, len(group)))
         state = self._join([item.state for item in group])
-        for start in range(0, len(parts[0]) if parts else 0, width):
-            active = sum(len(part) > start for part in parts)
+        start = 0
+        while active := sum(len(part) > start for part in parts):
+            width = max(1, self._most_tokens // active)
             chunk = [part[start : start + width] for part in parts[:active]]
             out = self._model(**_pad(chunk, self._base.device), state=state)
             staying = sum(len(part) > start + width for part in parts)
+            for row, item in enumerate(group[:staying]):
+                item.position, item.state = item.position + width, out.state.narrow(row, 1)
             for row in range(staying, active):
                 self._end(group[row], out.logits[row], out.state.narrow(row, 1))
             state = out.state.narrow(0, staying) if staying else None
             self._on_read(sum(map(len, chunk)))
+            start += width
             yield
 
     def _join(self, states: Sequence[MambaState | None]) -> MambaState | None:
@@ -201,6 +223,7 @@ class Reader:
     def _end(self, item: _Reading, logits: Tensor, state: MambaState) -> None:
         """Take note of a prompt that was read to its branch or to its end; ``logits`` is (1, vocabulary)."""
         ids, item.position, item.state = item.request.ids, item.end, state
+        self._group.remove(item)
         if self._cache is not None and item.request.state is None:
             self._cache.add(ids[: item.end], state, logits)
         if item.branch is not None:

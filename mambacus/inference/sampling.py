@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import random
 from array import array
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,9 @@ import torch
 from torch import Tensor
 
 from mambacus.runtime.errors import UserError
+
+MOST_BIAS = 1e6  # float32 still tells logits apart beside it
+_LEAST_TEMPERATURE = 1e-30  # a smaller one would be 0 in float32, and means the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +28,10 @@ class SamplingParams:
         top_p: draw from the fewest likeliest tokens whose probabilities (after ``top_k``) sum to at least this.
         min_p: draw from tokens at least this fraction as likely as the likeliest.
         repetition_penalty: logits of tokens in the prompt or completion are divided by it if positive, else multiplied;
-            the tokens behind a state are not known and not penalised.
+            the tokens behind a state only where the caller names them (``state_ids``).
         n: completions for each prompt, forked from one reading of it.
-        stop: strings that end a completion; the text is cut before the first of them.
+        stop: strings that end a completion; the text is cut before the first of them. One that is the name of a special
+            token ends the completion at that token, which no text shows.
         seed: of the draws. A completion depends on it, the prompt's tokens and its number among the n, and on nothing
             else, so a repeated prompt gets the same completions again.
         ignore_eos: go on after the end-of-text token (for measurements).
@@ -65,10 +68,10 @@ class SamplingParams:
             ("top_k", self.top_k >= 0, ">= 0 (0 for all)"),
             ("top_p", 0 < self.top_p <= 1, "> 0 and <= 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "> 0"),
+            ("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "from 1e-6 to 1e6"),
             ("n", self.n >= 1, ">= 1"),
             ("stop", all(stop), "non-empty strings"),
-            ("logit_bias", all(map(math.isfinite, self.logit_bias.values())), "finite numbers"),
+            ("logit_bias", all(abs(bias) <= MOST_BIAS for bias in self.logit_bias.values()), "numbers within 1e6 of 0"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, ">= 0"),
         ):
             if not good:
@@ -83,8 +86,14 @@ class SamplingParams:
 
 def generator_for(seed: int, prompt_ids: Sequence[int], sample: int) -> random.Random:
     """Return the source of randomness of one completion: the ``sample``-th of this prompt under this seed."""
-    prompt = hashlib.sha256(array("q", prompt_ids).tobytes()).hexdigest()
+    ids = prompt_ids if isinstance(prompt_ids, array) else array("q", prompt_ids)
+    prompt = hashlib.sha256(ids).hexdigest()
     return random.Random(f"{seed}/{prompt}/{sample}")
+
+
+def send(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return ``values`` as a tensor on ``device``, without waiting for what the device is doing."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def choose_tokens(logits: Tensor, params: SamplingParams, draws: Tensor | None, seen: Tensor | None = None) -> Tensor:
@@ -100,8 +109,8 @@ def choose_tokens(logits: Tensor, params: SamplingParams, draws: Tensor | None, 
         Token ids, int64 (rows,); -1 in a row with a logit that is NaN.
     """
     if params.logit_bias:
-        tokens = torch.tensor(list(params.logit_bias), device=logits.device)
-        bias = torch.tensor(list(params.logit_bias.values()), device=logits.device)
+        tokens = send(list(params.logit_bias), torch.int64, logits.device)
+        bias = send(list(params.logit_bias.values()), logits.dtype, logits.device)
         logits = logits.index_add(1, tokens, bias.expand(len(logits), -1))
     if seen is not None and params.repetition_penalty != 1.0:
         penalty = params.repetition_penalty
@@ -110,7 +119,8 @@ def choose_tokens(logits: Tensor, params: SamplingParams, draws: Tensor | None, 
         highest, token = logits.max(-1)  # NaN counts as the highest
         return token.masked_fill(highest.isnan(), -1)
     assert draws is not None
-    scaled = logits / params.temperature
+    # The highest logit becomes 0 before the division: a tiny temperature must not make infinities of them all.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / max(params.temperature, _LEAST_TEMPERATURE)
     if params.top_k or params.top_p < 1 or params.min_p > 0:
         k = min(params.top_k or logits.shape[-1], logits.shape[-1])
         probabilities, tokens = torch.softmax(scaled, dim=-1).topk(k, dim=-1)  # likeliest first

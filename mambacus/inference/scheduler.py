@@ -19,10 +19,10 @@ from mambacus.inference.completion import Completion, Piece, TokenScore
 from mambacus.inference.decoder import Decoder
 from mambacus.inference.prefix_cache import PrefixCache
 from mambacus.inference.reading import Reader, Ready, Request, score_tokens
-from mambacus.inference.sampling import SamplingParams, choose_tokens
+from mambacus.inference.sampling import SamplingParams, choose_tokens, send
 from mambacus.inference.stats import EngineStats
-from mambacus.inference.text import TextStream, decode
-from mambacus.models import MambaLM
+from mambacus.inference.text import TextStream, decode, stop_tokens
+from mambacus.models import MambaLM, MambaState
 
 GPU_BLOCK = 8  # tokens chosen on a GPU between two looks at them
 NAN = "the model's logits are NaN: its state holds NaN or infinity, or its dtype is too narrow"
@@ -38,6 +38,8 @@ class _Row:
     text: TextStream | None
     prompt_scores: list[TokenScore | None] | None
     seen: Tensor | None  # bool (vocabulary,): tokens that a repetition penalty applies to
+    stop_tokens: frozenset[int]
+    prompt_state: MambaState | None
     token_ids: list[int] = dataclasses.field(default_factory=list)
     scores: list[TokenScore] = dataclasses.field(default_factory=list)
     told: int = 0  # tokens that pieces told of
@@ -118,15 +120,14 @@ class Scheduler:
             self.on_read(tokens)
 
     def _read(self) -> None:
-        """Read one chunk; if nothing is being decoded, chunks until a completion can begin.
+        """Read one chunk.
 
         New prompts are taken when an eighth of the rows is free, so that they are read together and not one by one.
         """
         free = self.decoder.capacity - len(self._rows)
         ready = sum(item.request.params.n - item.begun for item in self._reader.ready)
         most = free - ready if free >= min(len(self._reader), max(1, self.decoder.capacity // 8)) else 0
-        while self._reader.read(most) and not self._rows and not self._reader.ready:
-            pass
+        self._reader.read(most)
         if self._base.device.type == "cuda" and self._reader.ready and not self._rows:
             torch.cuda.synchronize(self._base.device)  # so that the times are those of the work
 
@@ -154,9 +155,11 @@ class Scheduler:
         seen = None
         if params.repetition_penalty != 1.0:
             seen = torch.zeros(self._base.config.padded_vocab_size, dtype=torch.bool)
-            seen[request.ids] = True
+            seen[torch.tensor([*request.state_ids, *request.ids])] = True
             seen = seen.to(self._base.device)
-        return _Row(request, sample, request.generator(sample), text, item.scores, seen)
+        state = item.state.select([0]) if request.keep_state else None
+        ends = stop_tokens(self._tokenizer, params.stop)
+        return _Row(request, sample, request.generator(sample), text, item.scores, seen, ends, state)
 
     def _advance(self) -> list[Piece]:
         """Choose the next tokens of every row, look at them, and compute the logits of the rows that go on."""
@@ -193,10 +196,10 @@ class Scheduler:
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
         for params, slots in groups:
             everyone = len(slots) == len(logits)
-            index = None if everyone else torch.tensor(slots, device=logits.device)
+            index = None if everyone else send(slots, torch.int64, logits.device)
             numbers = None
             if params.temperature:
-                numbers = torch.tensor([draws[slot] for slot in slots], dtype=torch.float64, device=logits.device)
+                numbers = send([draws[slot] for slot in slots], torch.float64, logits.device)
             marks = [row.seen for row in (self._rows[slot] for slot in slots) if row.seen is not None]
             seen = torch.stack(marks) if marks else None
             found = choose_tokens(logits if index is None else logits[index], params, numbers, seen)
@@ -231,6 +234,9 @@ class Scheduler:
         if token in self._eos and not params.ignore_eos:
             row.completion = self._complete(row, "eos")
             return
+        if token in row.stop_tokens:
+            row.completion = self._complete(row, "stop")
+            return
         cut = row.text.add(token) if row.text is not None else None
         if cut is not None:
             row.completion = self._complete(row, "stop", cut)
@@ -243,7 +249,7 @@ class Scheduler:
         else:
             text = decode(self._tokenizer, row.token_ids[:-1] if reason == "eos" else row.token_ids)
         scores = row.scores if row.request.params.logprobs is not None else None
-        return Completion(text, row.token_ids, reason, scores, row.prompt_scores)
+        return Completion(text, row.token_ids, reason, scores, row.prompt_scores, prompt_state=row.prompt_state)
 
     def _keep(self, row: _Row, slot: int) -> None:
         """Give a completion its state, and keep it for prompts that go on from it."""

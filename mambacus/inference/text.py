@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mambacus.runtime.errors import UserError
+
 _INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 _MOST_BYTES = 4  # of a character in UTF-8
 
@@ -89,6 +91,24 @@ class TextStream:
             if any(stop.startswith(tail[start:]) for stop in self._stop):
                 return len(tail) - start
         return 0
+
+
+def stop_tokens(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
+    """Return the special tokens that ``stop`` names.
+
+    Texts are decoded without special tokens, so no text holds such a string; the tokens themselves are looked for.
+
+    Raises:
+        UserError: a string holds a special token and something else.
+    """
+    if tokenizer is None or not stop:
+        return frozenset()
+    special = {str(added): token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    for text in stop:
+        inside = next((name for name in special if name in text and name != text), None)
+        if inside is not None and text not in special:
+            raise UserError(f"stop: {text!r} holds the special token {inside}, which text never shows; name it alone")
+    return frozenset(special[text] for text in stop if text in special)
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:

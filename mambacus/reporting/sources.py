@@ -16,6 +16,7 @@ from mambacus.runtime.records import Record, read_json, read_jsonl, read_record
 RESULTS: dict[str, dict[str, type]] = {
     "evaluate": {"tasks": dict}, "solve": {"benches": dict}, "finetune": {"train": dict}, "pretrain": {"train": dict},
     "bench": {}, "study": {"steps": list, "models": list}, "merge": {}, "info": {}, "generate": {},
+    "chat": {}, "serve-soak": {},
     "convert": {}, "report": {}, "prompt": {"search": dict, "finals": dict, "test": dict}, "prompt-compile": {},
     "prompt-tune": {"train": dict}, "prompt-states": {"rows": dict}, "state-arithmetic": {"rows": dict},
     "sweep": {"axes": list, "runs": list}, "controlled": {"rows": list, "summary": list, "predictions": list},

@@ -72,9 +72,15 @@ class Answers:
     def _part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": self.part_kind, "choices": choices}
 
-    def _usage(self) -> dict[str, int]:
-        read = sum(len(request.ids) for request in self._requests)
-        return {"prompt_tokens": read, "completion_tokens": self._generated, "total_tokens": read + self._generated}
+    def _usage(self) -> dict[str, Any]:
+        """Return the tokens of the request; those behind the server's own state are none of them."""
+        given = sum(len(request.ids) for request in self._requests)
+        return {
+            "prompt_tokens": given,
+            "completion_tokens": self._generated,
+            "total_tokens": given + self._generated,
+            "prompt_tokens_details": {"cached_tokens": sum(request.cached for request in self._requests)},
+        }
 
     def _token(self, token: int) -> str:
         return decode_token(self._tokenizer, token)
@@ -105,7 +111,7 @@ class CompletionAnswers(Answers):
         if completion.logprobs is not None:
             scores = list(completion.logprobs)
         if self._echo:
-            ids = self._requests[prompt].ids + ids
+            ids = [*self._requests[prompt].ids, *ids]
             if scores is not None:
                 scores = (completion.prompt_logprobs or []) + scores
         return {

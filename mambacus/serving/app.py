@@ -15,9 +15,9 @@ from starlette.exceptions import HTTPException
 
 from mambacus.inference import Piece
 from mambacus.inference import Request as EngineRequest
+from mambacus.inference.chat_template import ChatTemplate
 from mambacus.runtime.errors import UserError
 from mambacus.serving.answers import Answers, ChatAnswers, CompletionAnswers, event
-from mambacus.serving.chat import Chat
 from mambacus.serving.limits import Gate, Limits, error_body
 from mambacus.serving.schemas import Answer, ChatRequest, CompletionRequest, ErrorAnswer, ModelCard, ModelList
 from mambacus.serving.service import BrokenError, OverloadedError, Service
@@ -53,7 +53,7 @@ class Handlers:
         limits: of one request.
     """
 
-    def __init__(self, service: Service, name: str, chat: Chat, limits: Limits) -> None:
+    def __init__(self, service: Service, name: str, chat: ChatTemplate, limits: Limits) -> None:
         self._service, self._name, self._chat, self._limits = service, name, chat, limits
         self._created = int(time.time())
 
@@ -77,6 +77,7 @@ class Handlers:
             "generated_tokens_total": ("counter", "Tokens chosen.", stats.generated_tokens),
             "prefill_seconds_total": ("counter", "Time spent reading.", stats.prefill_seconds),
             "decode_seconds_total": ("counter", "Time spent choosing.", stats.decode_seconds),
+            "state_tokens": ("gauge", "Tokens behind the state that every request goes on from.", service.state_tokens),
             "completions_active": ("gauge", "Completions being decoded.", service.active),
             "completions_unfinished": ("gauge", "Completions asked for and not finished.", service.unfinished),
         }  # fmt: skip
@@ -211,7 +212,7 @@ async def _unless_gone(request: Request, work: Any) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def create_app(service: Service, name: str, chat: Chat, limits: Limits, key: str | None = None) -> Any:
+def create_app(service: Service, name: str, chat: ChatTemplate, limits: Limits, key: str | None = None) -> Any:
     """Return the ASGI application.
 
     Args:

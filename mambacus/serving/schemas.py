@@ -144,12 +144,19 @@ class ErrorAnswer(BaseModel):
     error: ErrorBody
 
 
+class PromptDetails(BaseModel):
+    """Of a request's prompts: the tokens that were not read, since a state after them was cached."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens of a request."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class Answer(BaseModel):

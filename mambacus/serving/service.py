@@ -9,8 +9,9 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Sequence
 
-from mambacus.inference import Engine, Piece, Request, SamplingParams
+from mambacus.inference import Engine, Piece, Request, SamplingParams, Scheduler
 from mambacus.inference.engine import Prompt
+from mambacus.models.primed import PrimedModel
 from mambacus.serving.metrics import Metrics
 
 LOG = logging.getLogger("mambacus.serve")
@@ -31,12 +32,18 @@ class Service:
         engine: what completes; nobody else may use it meanwhile.
         metrics: counted in.
         most_waiting: most completions asked for and not finished, beyond those being decoded.
+
+    Attributes:
+        fault: why the engine has stopped, None while it works.
+        state_tokens: tokens behind the state that every request goes on from, 0 without one.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, most_waiting: int) -> None:
         self.engine, self.metrics, self.most_waiting = engine, metrics, most_waiting
         self.fault: str | None = None
-        self._scheduler = engine.scheduler()
+        # Asked for once: no thread but the engine's may use its device later.
+        self.state_tokens = int(engine.model.start().tokens) if isinstance(engine.model, PrimedModel) else 0
+        self._scheduler: Scheduler
         self._numbers = itertools.count()
         self._open: dict[int, asyncio.Queue[Piece]] = {}  # of the event loop alone
         self._unfinished = 0
@@ -47,7 +54,8 @@ class Service:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Start the engine's thread; call it from the event loop."""
+        """Start the engine's thread, with the rows and graphs that it has by now; call it from the event loop."""
+        self._scheduler = self.engine.scheduler()
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 

@@ -1,0 +1,247 @@
+"""Where engines go wrong: extreme parameters, ends that coincide, prompts given up, neighbours of very long prompts."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+import torch
+
+from mambacus.inference import Completion, Engine, Piece, SamplingParams
+from mambacus.inference.sampling import choose_tokens
+from mambacus.inference.scheduler import Scheduler
+from mambacus.models import MambaLM
+from mambacus.runtime.errors import UserError
+
+END = "<|endoftext|>"
+LONG = "a very long prompt, " * 40  # 800 tokens of one byte
+GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
+
+
+def alone(model: MambaLM, tokenizer: Any, prompt: Any, params: SamplingParams = GREEDY) -> list[Completion]:
+    return Engine(model, tokenizer).generate([prompt], params)[0]
+
+
+# Parameters
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-40, 1e-20, 1e-6])
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_a_tiny_temperature_is_greedy(temperature: float, scale: float) -> None:
+    logits = scale * torch.randn(50, 31, generator=torch.Generator().manual_seed(0))
+    draws = torch.linspace(0, 0.999999, 50, dtype=torch.float64)
+    for more in ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.5}):
+        got = choose_tokens(logits, SamplingParams(temperature=temperature, **more), draws)
+        assert got.tolist() == logits.argmax(-1).tolist()
+
+
+def test_a_huge_temperature_is_uniform_and_filters_still_hold() -> None:
+    logits = torch.arange(8.0).expand(800, 8)
+    draws = (torch.arange(800, dtype=torch.float64) + 0.5) / 800
+    tokens = choose_tokens(logits, SamplingParams(temperature=1e30), draws)
+    assert torch.bincount(tokens, minlength=8).tolist() == [100] * 8
+    tokens = choose_tokens(logits, SamplingParams(temperature=1e30, top_k=1), draws)
+    assert set(tokens.tolist()) == {7}
+    assert set(choose_tokens(logits, SamplingParams(temperature=1.0, min_p=1.0), draws).tolist()) == {7}
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_extreme_penalties_and_biases_give_numbers(penalty: float, temperature: float) -> None:
+    logits = torch.cat([torch.randn(4, 9), torch.zeros(4, 1)], 1)
+    params = SamplingParams(
+        temperature=temperature, repetition_penalty=penalty, logit_bias=dict.fromkeys(range(10), -1e6)
+    )
+    draws = torch.full((4,), 0.5, dtype=torch.float64)
+    seen = torch.ones(4, 10, dtype=torch.bool)
+    assert (choose_tokens(logits, params, draws, seen) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300}, {"logit_bias": {1: 1e300}}]
+)
+def test_what_float32_cannot_hold_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        SamplingParams(**wrong)
+
+
+def test_penalties_may_know_the_tokens_behind_a_state(model: MambaLM, tokenizer: Any) -> None:
+    params = SamplingParams(max_new_tokens=10, repetition_penalty=8.0, ignore_eos=True)
+    text, engine = "One, two, three, four: ", Engine(model, tokenizer)
+    state, ids = engine.prefill(text[:11]), engine.encode(text[:11])
+    expected = engine.generate([text], params)
+    assert engine.generate([text[11:]], params, state, state_ids=ids) == expected
+    liked = expected[0][0].token_ids[0]
+    assert engine.generate([text[11:]], params, state, state_ids=[liked])[0][0].token_ids[0] != liked
+
+
+# Ends
+
+
+def test_a_special_token_may_be_a_stop_string(model: MambaLM, tokenizer: Any) -> None:
+    texts = alone(model, tokenizer, "abc", SamplingParams(max_new_tokens=3, ignore_eos=True))[0]
+    bias = {0: 1000.0}  # the end of the text is always the likeliest
+    for ignore in (False, True):
+        params = SamplingParams(max_new_tokens=5, stop=[END, "zz"], ignore_eos=ignore, logit_bias=bias)
+        [found] = alone(model, tokenizer, "abc", params)
+        assert (found.text, found.token_ids) == ("", [0])
+        assert found.finish_reason == ("stop" if ignore else "eos")
+    unstopped = SamplingParams(max_new_tokens=3, stop=[END], ignore_eos=True)
+    assert alone(model, tokenizer, "abc", unstopped)[0].text == texts.text
+    with pytest.raises(UserError, match="holds the special token"):
+        alone(model, tokenizer, "abc", SamplingParams(stop=["\n" + END]))
+
+
+def test_completions_may_be_empty(model: MambaLM, tokenizer: Any) -> None:
+    params = SamplingParams(max_new_tokens=5, n=3, temperature=1.0, logprobs=2, logit_bias={0: 1000.0}, stop=["x"])
+    engine = Engine(model, tokenizer, batch_size=2, prefix_cache_bytes=1 << 22)
+    for _ in range(2):  # the second time from the cache
+        found = engine.generate(["abc"], params, keep_state=True)[0]
+        assert [(one.text, one.token_ids, one.finish_reason) for one in found] == [("", [0], "eos")] * 3
+        assert all(one.logprobs is not None and len(one.logprobs[0].top) == 2 for one in found)
+        assert all(one.state is not None and one.state.tokens.tolist() == [3] for one in found)
+    pieces = list(engine.stream(["abc"], params))
+    assert len(pieces) == 3 and all(piece.text == "" and piece.completion is not None for piece in pieces)
+
+
+def test_ends_that_coincide(model: MambaLM, tokenizer: Any) -> None:
+    [whole] = alone(model, tokenizer, "abc", SamplingParams(max_new_tokens=40, ignore_eos=True))
+    length = next(n for n in range(5, 40) if "\ufffd" not in tokenizer.decode(whole.token_ids[n - 1 : n]))
+    text = tokenizer.decode(whole.token_ids[:length])
+    stop = text[-1]
+    first = text.index(stop)
+    params = SamplingParams(max_new_tokens=length, stop=[stop], ignore_eos=True)
+    [found] = alone(model, tokenizer, "abc", params)
+    assert (found.finish_reason, found.text) == ("stop", text[:first])  # also with the last token allowed
+
+
+def test_samples_with_scores_are_the_first_ones_of_more(model: MambaLM, tokenizer: Any) -> None:
+    def ask(n: int, batch_size: int) -> list[Completion]:
+        params = SamplingParams(max_new_tokens=6, temperature=1.2, n=n, logprobs=1, seed=3, ignore_eos=True)
+        return Engine(model, tokenizer, batch_size=batch_size).generate(["abc", LONG], params)[0]
+
+    many = ask(9, 4)
+    for one, other in zip(ask(2, 16), many, strict=False):
+        assert one.token_ids == other.token_ids and one.logprobs is not None and other.logprobs is not None
+        assert [s.logprob for s in one.logprobs] == pytest.approx([s.logprob for s in other.logprobs], abs=1e-4)
+        assert [score.token_id for score in one.logprobs] == one.token_ids
+
+
+# Blocks of tokens, as on a GPU
+
+
+def test_looking_at_tokens_in_blocks_changes_nothing(
+    model: MambaLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"{i} and {i * i}" for i in range(9)]
+    params = [
+        SamplingParams(
+            max_new_tokens=1 + 5 * i % 23, temperature=[0.0, 1.0, 0.7][i % 3], seed=i, n=1 + i % 2,
+            stop=["e"] if i % 4 == 1 else [], repetition_penalty=1.3 if i % 5 == 2 else 1.0,
+        )
+        for i in range(9)
+    ]  # fmt: skip
+    expected = Engine(model, tokenizer, batch_size=4).generate(texts, params)
+
+    def block(self: Scheduler) -> int:
+        return min(8, max(row.request.params.max_new_tokens - len(row.token_ids) for row in self._rows))
+
+    monkeypatch.setattr(Scheduler, "_block", block)
+    assert Engine(model, tokenizer, batch_size=4).generate(texts, params) == expected
+
+
+# Prompts
+
+
+def test_an_array_is_a_prompt(model: MambaLM, tokenizer: Any) -> None:
+    params = SamplingParams(max_new_tokens=6, temperature=1.0, repetition_penalty=1.2, seed=5)
+    ids = tokenizer(LONG)["input_ids"]
+    for limits in ({"prefill_tokens": 100}, {"prefix_cache_bytes": 1 << 22}):
+        engine = Engine(model, tokenizer, **limits)
+        assert engine.generate([array("q", ids)], params) == engine.generate([ids], params)
+    with pytest.raises(UserError, match="token id 900"):
+        engine.generate([array("q", [900])], params)
+    assert engine.generate([array("q")], params) == engine.generate([""], params)
+
+
+def run(scheduler: Scheduler, steps: int = 1) -> list[Piece]:
+    return [piece for _ in range(steps) for piece in scheduler.step()]
+
+
+def test_a_prompt_is_given_up_between_chunks_also_when_nothing_else_happens(model: MambaLM, tokenizer: Any) -> None:
+    engine = Engine(model, tokenizer, prefill_tokens=16)
+    scheduler = engine.scheduler()
+    [request] = engine.requests([LONG], GREEDY)
+    scheduler.submit(request)
+    assert run(scheduler, 3) == [] and engine.stats.prompt_tokens == 48 and scheduler.waiting == 1
+    request.cancelled = True
+    [piece] = run(scheduler)
+    assert piece.completion == Completion("", [], "cancelled")
+    assert engine.stats.prompt_tokens == 48 and not scheduler.waiting and not scheduler.active
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_a_short_prompt_does_not_wait_for_a_long_one(model: MambaLM, tokenizer: Any, cancel: bool) -> None:
+    engine = Engine(model, tokenizer, prefill_tokens=16, batch_size=4, prefix_cache_bytes=1 << 22)
+    scheduler = engine.scheduler()
+    long, short, other = engine.requests([LONG, "abc", "defgh"], GREEDY)
+    scheduler.submit(long)
+    run(scheduler, 4)
+    for request in (short, other):
+        scheduler.submit(request)
+    ends: dict[int, Completion | None] = {}
+    for _ in range(20):
+        ends |= {piece.prompt: piece.completion for piece in scheduler.step()}
+    assert ends[1] == alone(model, tokenizer, "abc")[0] and ends[2] == alone(model, tokenizer, "defgh")[0]
+    assert 0 not in ends and engine.stats.prompt_tokens < 450
+    long.cancelled = cancel
+    for _ in range(80):
+        ends |= {piece.prompt: piece.completion for piece in scheduler.step()}
+    if cancel:
+        assert ends[0] == Completion("", [], "cancelled") and engine.stats.prompt_tokens < 450
+    else:
+        assert ends[0] == alone(model, tokenizer, LONG)[0]
+        assert engine.stats.prompt_tokens == len(LONG) + 3 + 5  # nothing was read twice
+    assert not scheduler.active and not scheduler.waiting
+
+
+def test_a_stream_of_short_prompts_does_not_starve_a_long_one(model: MambaLM, tokenizer: Any) -> None:
+    engine = Engine(model, tokenizer, prefill_tokens=16, batch_size=4)
+    scheduler = engine.scheduler()
+    [long] = engine.requests([LONG], GREEDY)
+    scheduler.submit(long)
+    done, steps = False, 0
+    while not done:
+        for request in engine.requests(["xyz"] * 2, SamplingParams(max_new_tokens=2, ignore_eos=True)):
+            request.number = 1
+            scheduler.submit(request)
+        done = any(piece.prompt == 0 for piece in scheduler.step())
+        steps += 1
+        assert steps < 8 * len(LONG) / 16
+
+
+def test_states_and_the_prefix_cache_side_by_side(model: MambaLM, tokenizer: Any) -> None:
+    engine = Engine(model, tokenizer, prefix_cache_bytes=1 << 22, batch_size=3)
+    prefix, texts = "You are a calculator. ", ["7 + 8 = ? Answer briefly.", "12 apples and 3 pears are"]
+    params = SamplingParams(max_new_tokens=5, temperature=0.8, n=4, seed=2, ignore_eos=True)
+    state = engine.prefill(prefix)
+    plain = Engine(model, tokenizer)
+    for _ in range(2):
+        assert engine.generate(texts, params) == plain.generate(texts, params)
+        assert engine.generate(texts, params, state) == plain.generate(texts, params, state)
+    assert engine.prefix_cache is not None and engine.prefix_cache.hits == 2
+
+
+def test_nan_of_one_row_of_many_leaves_the_rest(model: MambaLM, tokenizer: Any) -> None:
+    engine = Engine(model, tokenizer, batch_size=3)
+    params = SamplingParams(max_new_tokens=6, temperature=1.0, top_p=0.9, n=3, ignore_eos=True)
+    good, bad = engine.prefill("abc"), engine.prefill("abc")
+    bad.ssm_state[:] = float("inf")
+    expected = engine.generate(["d"], params, good)[0]
+    pieces = list(engine.stream(["d", "d", "d"], params, type(good).cat([good, bad, good])))
+    failed = [piece for piece in pieces if piece.error]
+    assert [(piece.prompt, piece.sample) for piece in failed] == [(1, 0), (1, 1), (1, 2)]
+    for prompt in (0, 2):
+        ends = {piece.sample: piece.completion for piece in pieces if piece.prompt == prompt and piece.completion}
+        assert [ends[n] and ends[n].token_ids for n in range(3)] == [one.token_ids for one in expected]
