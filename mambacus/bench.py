@@ -1,4 +1,4 @@
-"""``mambacus bench train|decode|scan``: speed and memory side by side with peers, into one JSON record.
+"""``mambacus bench train|decode|scan|eval``: speed and memory side by side with peers, into one JSON record.
 
 Every case runs in a process of its own, implementations alternate, and the record keeps every sample and the machine's
 ceilings measured in the same run.
@@ -26,6 +26,7 @@ WHAT: dict[str, tuple[str, ...]] = {
     "decode": ("prefill", "decode"),
     "prefill": ("prefill",),
     "scan": (),
+    "eval": (),
 }
 SIZES = ("micro", "tiny", "130m", "370m", "790m", "1.4b", "2.8b")
 DTYPES = ("float32", "bfloat16", "float16", "mixed")
@@ -37,7 +38,8 @@ class Config:
     """Flags of ``mambacus bench``."""
 
     what: str = opt(
-        help="train (forward and backward) | decode (prefill and one-token steps) | prefill | scan (that op alone)",
+        help="train (forward and backward) | decode (prefill and one-token steps) | prefill | scan (that op alone) | "
+        "eval (with states reused, without, and by lm_eval's hf model; on a GPU beside a Transformer)",
         choices=tuple(WHAT),
         positional=True,
     )
@@ -64,6 +66,9 @@ class Config:
     graph: bool = opt(False, "train: replay our step as a CUDA graph")
     timeout: float = opt(1800.0, "seconds after which a case is given up and recorded so", above=0)
     shapes: tuple[str, ...] = opt((), "for scan: batch x d_inner x seqlen, such as 8x1536x2048 (default: by device)")
+    documents: int = opt(100, "for eval: documents of each task", least=1)
+    peer_documents: int = opt(5, "for eval on a CPU: documents for lm_eval's hf model, which is slow", least=1)
+    data_dir: Path | None = opt(None, "for eval: folder of the evaluation files", metavar="DIR")
     label: str = opt("", "name of the machine or change, for reports")
     overwrite: bool = opt(False, "replace an existing record")
 
@@ -114,6 +119,8 @@ def run(config: Config) -> Record:
         raise UserError(f"--graph: expected with train and --device cuda, got {config.what} on {device.type}")
     if config.what == "scan":
         return _run_scan(config, watch, device)
+    if config.what == "eval":
+        return _run_eval(config, watch, device)
     cases = list(plan(config))
     rows = []
     with Progress(console=Console(stderr=True)) as progress:
@@ -148,6 +155,23 @@ def _run_scan(config: Config, watch: Stopwatch, device: torch.device) -> Record:
     return record
 
 
+def _run_eval(config: Config, watch: Stopwatch, device: torch.device) -> Record:
+    from mambacus.measuring.evaluation import eval_cases, measure_evaluation, summary
+    from mambacus.measuring.timing import ceilings
+
+    if config.data_dir is None or not config.data_dir.is_dir():
+        raise UserError(f"--data-dir: expected the folder of the evaluation files, got {config.data_dir}")
+    dtype, counts = config.dtypes[0], (config.documents, config.peer_documents)
+    cases = eval_cases(config.model, str(device), dtype, *counts, config.threads)
+    rows = []
+    for _, row in measure_evaluation(cases, config.data_dir, config.timeout):
+        rows.append(row)
+        print(summary(row), flush=True)
+    record = watch.record("bench", config.label or config.model, config, {"rows": rows, "ceilings": ceilings(device)})
+    write_record(config.out, record)
+    return record
+
+
 def _shape(text: str) -> tuple[int, int, int]:
     parts = text.split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
@@ -169,6 +193,9 @@ def main(argv: Sequence[str]) -> None:
     """Run from the command line and print one row per case."""
     config = parse(Config, argv, "mambacus bench", __doc__.splitlines()[0])
     record = run(config)
+    if config.what == "eval":  # its rows were printed as they came
+        print(f"record: {config.out}")
+        return
     if config.what == "scan":
         _print_scan(record.results["rows"])
         print(f"record: {config.out}")
