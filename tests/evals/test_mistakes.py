@@ -69,11 +69,11 @@ def test_generated_solutions_hold() -> None:
 
 
 def test_long_and_odd_texts_cost_nothing() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for text in ("1 + " * 5000, "(" * 3000 + "1 + 1 = 2", "9" * 5000 + " + 1 = 2", "1 = " * 3000, "a 1 b 2 " * 3000):
         equations(text)
     assert equations("((((1 + 1 = 2")[0].right
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

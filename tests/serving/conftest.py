@@ -46,9 +46,8 @@ def start() -> Iterator[Callable[..., Running]]:
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
-        for _ in range(1000):
-            if server.started:
-                break
+        deadline = time.monotonic() + 120
+        while not server.started and time.monotonic() < deadline:
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         running.append((server, thread))
