@@ -1,4 +1,4 @@
-"""``mambacus bench train|decode|prefill|lengths|scan``: speed and memory side by side with peers, into one JSON record.
+"""``mambacus bench train|decode|prefill|lengths|scan|eval``: speed and memory side by side with peers, in one record.
 
 Every case runs in a process of its own, implementations alternate, and the record keeps every sample and the machine's
 ceilings measured in the same run.
@@ -36,7 +36,8 @@ class Config:
 
     what: str = opt(
         help="train (forward and backward) | decode (prompts, one-token steps, both) | prefill | "
-        "lengths (all three over sequence length, with cross-overs) | scan (that op alone); "
+        "lengths (all three over sequence length, with cross-overs) | scan (that op alone) | "
+        "eval (with states reused, without, and by lm_eval's hf model; on a GPU beside a Transformer); "
         "generation, of a named model, has flags of its own: mambacus bench generation --help",
         choices=tuple(WHAT),
         positional=True,
@@ -73,6 +74,9 @@ class Config:
     device: str = opt("cpu", "cpu or cuda")
     timeout: float = opt(1800.0, "seconds after which a case is given up and recorded so", above=0)
     shapes: tuple[str, ...] = opt((), "for scan: batch x d_inner x seqlen, such as 8x1536x2048 (default: by device)")
+    documents: int = opt(100, "for eval: documents of each task", least=1)
+    peer_documents: int = opt(5, "for eval on a CPU: documents for lm_eval's hf model, which is slow", least=1)
+    data_dir: Path | None = opt(None, "for eval: folder of the evaluation files", metavar="DIR")
     label: str = opt("", "name of the machine or change, for reports")
     resume: bool = opt(False, "go on with the rows of a run that was stopped")
     overwrite: bool = opt(False, "replace an existing record")
@@ -102,6 +106,8 @@ def run(config: Config) -> Record:
     config = fill(config)
     if config.what == "scan":
         return _run_scan(config, watch, device)
+    if config.what == "eval":
+        return _run_eval(config, watch, device)
     require(config.implementations)
     journal = RowJournal(journal_path(config.out), resume=config.resume, overwrite=config.overwrite)
     limits = ceilings(device)
@@ -162,6 +168,24 @@ def _run_scan(config: Config, watch: Stopwatch, device: torch.device) -> Record:
     return record
 
 
+def _run_eval(config: Config, watch: Stopwatch, device: torch.device) -> Record:
+    from mambacus.measuring.evaluation import eval_cases, measure_evaluation, summary
+    from mambacus.measuring.timing import ceilings
+
+    if config.data_dir is None or not config.data_dir.is_dir():
+        raise UserError(f"--data-dir: expected the folder of the evaluation files, got {config.data_dir}")
+    dtype, counts = config.dtypes[0], (config.documents, config.peer_documents)
+    cases = eval_cases(config.model or "", str(device), dtype, *counts, config.threads)
+    rows = []
+    for _, row in measure_evaluation(cases, config.data_dir, config.timeout):
+        rows.append(row)
+        print(summary(row), flush=True)
+    results = {"rows": rows, "ceilings": ceilings(device)}
+    record = watch.record("bench", config.label or config.model or "", config, results)
+    write_record(config.out, record)
+    return record
+
+
 def _shape(text: str) -> tuple[int, int, int]:
     parts = text.split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
@@ -200,6 +224,9 @@ def main(argv: Sequence[str]) -> None:
 
     config = parse(Config, argv, "mambacus bench", __doc__.splitlines()[0])
     record = run(config)
+    if config.what == "eval":  # its rows were printed as they came
+        print(f"record: {config.out}")
+        return
     if config.what == "scan":
         _print_scan(record.results["rows"])
         print(f"record: {config.out}")

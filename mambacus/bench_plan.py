@@ -20,6 +20,7 @@ WHAT: dict[str, tuple[str, ...]] = {
     "prefill": ("prefill",),
     "lengths": ("prefill", "decode", "train"),
     "scan": (),
+    "eval": (),
 }
 _BY_ENGINE = ("generate", "samples")  # on a GPU our Engine always decodes with graphs
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def run(config: Config) -> Record:
     if config.fewshot_sampler == "first_n":
         same_examples(tasks)
     model = processes.attach(_model(config, processes.device))
+    answering = _timed(model)
     found = simple_evaluate(
         model=model,
         use_cache=_cache(config, model),
@@ -101,6 +103,7 @@ def run(config: Config) -> Record:
         "lm_eval": {key: value for key, value in found.items() if key not in ("samples", "pretty_env_info")},
         "state_reuse": summed(all_counts),
         "processes": processes.count,
+        "seconds": {"answering": round(sum(answering), 3)},
         "fewshot_split": {task.config.task: _fewshot_split(task) for task in tasks if task.config.num_fewshot},
     }
     items = items_path(config.out)
@@ -148,6 +151,25 @@ def _model(config: Config, device: Any) -> Any:
         state_bytes=config.state_memory * 2**20,
         seed=config.seed,
     )
+
+
+def _timed(model: Any) -> list[float]:
+    """Let a model note how long it answers requests, and return the seconds of each call as they come."""
+    seconds: list[float] = []
+
+    def timed(answer: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(answer)
+        def call(*arguments: Any, **options: Any) -> Any:
+            watch = Stopwatch()
+            found = answer(*arguments, **options)
+            seconds.append(watch.seconds)
+            return found
+
+        return call
+
+    for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(model, name, timed(getattr(model, name)))
+    return seconds
 
 
 def _cache(config: Config, model: Any) -> str | None:

@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from mambacus.data.prompts import ANSWER_MARK
+from mambacus.evals.quantities import SCALE, SCALES, in_words, joined_groups, plain_digits, two_units
 
 UNPARSED = "unparsed"
 
@@ -40,14 +41,22 @@ _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
 
 _LONGEST_NUMBER = 300  # characters; a model that repeats digits for ever has not answered
 _CURRENCY = "$€£¥"
-_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d++)(?:\.\d++)?(?:[eE][-+]?\d{1,2}(?!\d))?|(?<![\w.])\.\d++)"
+# 1.234,5 and 1.234.567 and 1,5 are European; 1.234 and 1,234 are read as English writes them.
+_EUROPEAN = r"\d{1,3}(?:\.\d{3})+,\d{1,2}(?![\d,]*\d)|\d{1,3}(?:\.\d{3}){2,}(?![\d.,]*\d)|\d+,\d{1,2}(?![\d,.]*\d)"
+_DIGITS = (
+    rf"(?:{_EUROPEAN}|(?:\d{{1,3}}(?:,\d{{3}})+(?![\d,]*\d)|\d++)(?:\.\d++)?(?:[eE][-+]?\d{{1,2}}(?!\d))?"
+    r"|(?<![\w.])\.\d++)"
+)
 # A minus after a digit, letter or bracket subtracts: "10-3" ends in 3, "= -3" in -3.
 _SIGN = r"(?:(?<![\w)\]])[-−–+])?"
 _NUMBER = re.compile(
     rf"{_SIGN}[{_CURRENCY}]?(?:(?<=[{_CURRENCY}])[-−])?(?<![A-Za-z_])(?<!\d)(?<!\d\.)(?<!\d,)"
     rf"(?:\d+\s+(?:and\s+)?\d+\s*/\s*\d++|{_DIGITS}(?:\s*/\s*[{_CURRENCY}]?\d++(?!\.\d))?)"
-    r"(?!(?:st|nd|rd|th)\b)(?:\s*(?:%|percent\b))?"
+    rf"(?!(?:st|nd|rd|th)\b)(?:\s*(?:%|percent\b|(?:{SCALE})(?!\w)))?"
 )
+_ORDINAL = re.compile(r"(?<![\w.])\d+(?=(?:st|nd|rd|th)\b)")
+_SUM = re.compile(rf"{_NUMBER.pattern}(?:\s*[-+*/×÷]\s*{_DIGITS})+(?![\w.])")  # 5 + 3, left for the reader to add
+_ANOTHER = re.compile(r"\s*(?:[a-z]+\s+)?(?:(?:or|to|through|and)\s+|,\s*(?:(?:or|and)\s+)?|–\s*)[$€£¥-]?\d", re.I)
 
 
 def first_answer(completion: str) -> str:
@@ -58,7 +67,7 @@ def first_answer(completion: str) -> str:
 
 def extract_number(completion: str) -> Extraction:
     """Return the final number of a completion as written there, such as ``$1,234.50``, ``3 1/2``, ``-3`` or ``50%``."""
-    text = first_answer(completion)
+    text = plain_digits(first_answer(completion))
     marked = marked_segment(text)
     if marked is not None:
         segment, reason = marked
@@ -107,8 +116,9 @@ def same_number(gold: str, predicted: str) -> bool:
 
 def canonical(answer: str) -> str:
     """Return one spelling for equal numbers (``29.00`` and ``$29`` give ``29``), so that votes can be counted."""
-    value = _plain_value(answer)
-    return answer.strip() if value is None else str(value)
+    units = two_units(answer)
+    value = units[1] if units is not None else _plain_value(answer)
+    return answer.strip() if value is None else str(value * (_scale(answer) or 1))
 
 
 def marked_segment(text: str) -> tuple[str, str] | None:
@@ -144,14 +154,35 @@ def last_boxed(text: str) -> str | None:
 
 
 def _number_in(segment: str) -> str | None:
-    """Return the number of a short answer: after its last ``=``, else the first one; LaTeX is kept whole."""
+    """Return the number of a short answer: after its last ``=``, else the first one; LaTeX is kept whole.
+
+    None where it is no single number: two of them (``5 or 6``, ``3 to 5``), a time or ratio (``3:30``), ``not 5``.
+    """
     segment = re.sub(r"^([-−])\s+(?=[\d$])", r"\1", segment.strip().strip("*_`"))
-    segment = segment.replace("{,}", ",")  # LaTeX's way to write 1,234 without a space
-    if re.search(r"\\[dt]?frac|\d\s*\^", segment):
+    segment = segment.replace("{,}", ",").replace("\\%", "%")  # LaTeX's 1,234 without a space, and its 50%
+    if re.search(r"\\[dt]?frac|\\times|\d\s*\^", segment):
         return segment
-    after_equals = _NUMBER.search(segment.rsplit("=", 1)[1]) if "=" in segment else None
-    match = after_equals or _NUMBER.search(segment)
-    return match[0].strip() if match else None
+    segment = re.sub(r"^not\b.*?\bbut\b", "", segment, flags=re.IGNORECASE)
+    if re.match(r"not\b", segment, re.IGNORECASE):
+        return None
+    segment = joined_groups(re.sub(r"\b(?:negative|minus)\s+(?=[\d.$€£¥])", "-", segment, flags=re.IGNORECASE))
+    tail = segment.rsplit("=", 1)[1] if "=" in segment else segment
+    tail = tail if _NUMBER.search(tail) else segment
+    units = two_units(tail)
+    if units is not None:
+        return units[0]
+    match = _NUMBER.search(tail)
+    if match is None:
+        ordinal = _ORDINAL.search(tail)
+        return ordinal[0] if ordinal else in_words(tail)
+    whole = _SUM.match(tail, match.start())
+    if whole and whole.end() > match.end():
+        return whole[0]
+    after = tail[match.end() :]
+    clock = re.match(r":\d\d?(?!\d)", after)
+    if _ANOTHER.match(after) or (clock and clock[0] != ":00"):
+        return None
+    return match[0].strip()
 
 
 def _option_named(segment: str, options: Sequence[str], letters: str) -> Extraction:
@@ -178,22 +209,42 @@ def _values(text: str) -> list[Any]:
 
     if len(text) > _LONGEST_NUMBER:
         return []
+    units = two_units(text)
+    if units is not None:
+        return [sympy.Rational(value.numerator, value.denominator) for value in units[1:]]
     exact = _plain_value(text)
     if exact is None:
+        text = re.sub(r"(?<=\d)\s*[x×]\s*(?=\d)", "*", text.replace("÷", "/"))
         latex = f"${text}$" if re.search(r"[\\^]", text) else text
         return list(parse(latex, extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()]))
     # math-verify compares floats to six decimals and rationals exactly: 0.333333 may stand for 1/3, 1/3 not for 0.34
     rational = sympy.Rational(exact.numerator, exact.denominator)
-    value = sympy.Float(rational, 30) if "." in text else rational
-    return [value, value / 100] if re.search(r"%|percent", text) else [value]
+    value = sympy.Float(rational, 30) if "." in text or "," in text else rational
+    if re.search(r"%|percent", text):
+        return [value, value / 100]
+    scale = _scale(text)
+    return [value] if scale is None else [value, value * sympy.Rational(scale.numerator, scale.denominator)]
+
+
+def _scale(text: str) -> Fraction | None:
+    """Return what the word after a number multiplies it by."""
+    match = re.search(rf"(?<![A-Za-z])({SCALE})(?!\w)", text)
+    return SCALES[match[1]] if match else None
 
 
 def _plain_value(text: str) -> Fraction | None:
-    """Return the exact value of a plain number: sign, currency, thousands, decimals, fraction or mixed number."""
+    """Return the exact value of a plain number: sign, currency, separators, decimals, fraction or mixed number.
+
+    A word of scale or percent after it is left to the caller.
+    """
+    text = plain_digits(text)
     match = _NUMBER.fullmatch(text.strip().rstrip("."))
     if not match or len(text) > _LONGEST_NUMBER:
         return None
-    plain = re.sub(rf"[{_CURRENCY},+]|%|percent", "", match[0]).replace("−", "-").replace("–", "-")
+    plain = re.sub(rf"[{_CURRENCY}+]|%|percent|{SCALE}", "", match[0]).replace("−", "-").replace("–", "-")
+    if re.search(_EUROPEAN, plain):
+        plain = plain.replace(".", "").replace(",", ".")
+    plain = plain.replace(",", "")
     negative = "-" in plain.lower().replace("e-", "")
     parts = re.sub(r"\s*/\s*", "/", plain.replace(" and ", " ")).replace("-", "", int(negative)).split()
     try:

@@ -26,6 +26,8 @@ from mambacus.runtime.errors import UserError
 _WORKER = Path(__file__).with_name("sandbox_worker.py")
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL)
 LONGEST_PROGRAM = 32_768  # bytes; a pipe takes them without a reader
+LONGEST_ANSWER = 1000  # characters kept of a line, more than any answer has
+STATUSES = ("ok", "error", "forbidden", "memory", "unavailable")  # what the worker says; the rest is seen from here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Outcome:
 
     Attributes:
         status: ``ok``; ``error`` (it raised); ``forbidden`` (it tried to reach outside); ``time``, ``memory`` or
-            ``output`` (it used more than it may); ``crash`` (a signal ended it); ``too long`` (it was not run).
+            ``output`` (it used more than it may); ``crash`` (a signal ended it); ``too long`` (it was not run);
+            ``unavailable`` (this machine cannot hold it: not run).
         detail: the exception, the thing it tried or the signal.
         answer: the last line it printed, else the value it left; None if neither or if it did not end well.
     """
@@ -71,11 +74,7 @@ def program_in(completion: str) -> str:
 
 @functools.lru_cache(maxsize=4096)  # samples of one problem repeat themselves
 def run_program(source: str, limits: Limits = Limits()) -> Outcome:
-    """Run a program and return how it ended.
-
-    Raises:
-        UserError: this machine cannot hold a program.
-    """
+    """Run a program and return how it ended; `check_available` says beforehand whether programs can be held."""
     program = source.encode("utf-8", errors="replace")
     if len(program) > LONGEST_PROGRAM:
         return Outcome("too long", f"{len(program)} bytes", None)
@@ -90,8 +89,12 @@ def run_program(source: str, limits: Limits = Limits()) -> Outcome:
         assert process.stdin is not None
         process.stdin.write(program)
         process.stdin.close()
-        printed, verdict, cut = _read(process, limits, started + limits.wall_seconds)
-        return _judge(printed, verdict, cut, process.wait() if cut is None else None)
+        deadline = started + limits.wall_seconds
+        printed, verdict, cut = _read(process, limits, deadline)
+        code = None if cut is not None else process.wait(max(0.0, deadline - time.monotonic()))
+        return _judge(printed, verdict, cut, code)
+    except subprocess.TimeoutExpired:  # it closed its pipes and stayed
+        return Outcome("time", "", None)
     finally:
         process.kill()
         process.wait()
@@ -114,7 +117,11 @@ def check_available() -> None:
     """
     if sys.platform != "linux":
         raise UserError(f"programs run on Linux only (seccomp), this is {sys.platform}; use --style cot")
-    run_program("print(1)")
+    found = run_program("print(1)", Limits(wall_seconds=120.0))
+    if found.status != "ok":
+        raise UserError(
+            f"this machine cannot hold programs: {found.status} {found.detail}".strip() + "; use --style cot"
+        )
 
 
 def _read(process: subprocess.Popen[bytes], limits: Limits, deadline: float) -> tuple[bytes, bytes, str | None]:
@@ -147,14 +154,33 @@ def _judge(printed: bytes, verdict: bytes, cut: str | None, code: int | None) ->
         if -code == signal.SIGSYS:
             return Outcome("forbidden", "system call", None)
         return Outcome("time" if -code in (signal.SIGXCPU, signal.SIGKILL) else "crash", name, None)
-    try:
-        said = json.loads(verdict)
-        status, detail, value = str(said["status"]), str(said["detail"]), said["value"]
-    except (ValueError, KeyError, TypeError):
-        return Outcome("error", "the program wrote over its verdict or left without one", None)
-    if status == "unavailable":
-        raise UserError(f"this machine cannot hold programs: {detail}; use --style cot")
+    said = _said(verdict)
+    if said is None:
+        return Outcome("error", "the program left without a verdict", None)
+    status, detail, value = said
     if status != "ok":
         return Outcome(status, detail, None)
     lines = [line.strip() for line in printed.decode("utf-8", errors="replace").splitlines() if line.strip()]
-    return Outcome("ok", "", lines[-1] if lines else value if isinstance(value, str) else None)
+    answer = lines[-1] if lines else value
+    return Outcome("ok", "", None if answer is None else answer[:LONGEST_ANSWER])
+
+
+def _said(verdict: bytes) -> tuple[str, str, str | None] | None:
+    """Return status, detail and value of the last line on the verdict's pipe, where a program may have written too.
+
+    A program can write a verdict of its own, which is no more than an answer: what it says is held to be text of the
+    forms that the worker writes, and None is returned for all else.
+    """
+    try:
+        said = json.loads(verdict.rsplit(b"\n", 1)[-1])
+        status, detail, value = said["status"], said["detail"], said["value"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if status not in STATUSES or not isinstance(detail, str) or not isinstance(value, (str, type(None))):
+        return None
+    return status, _printable(detail), None if value is None else _printable(value)
+
+
+def _printable(text: str) -> str:
+    """Return the text as it can be written to a file: a program's strings may hold halves of characters."""
+    return text.encode("utf-8", errors="replace").decode()[:LONGEST_ANSWER]

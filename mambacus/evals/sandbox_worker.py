@@ -5,7 +5,8 @@ imports nothing but the standard library. What the program prints goes to standa
 to standard error.
 
 The kernel is the wall: resource limits, then a seccomp filter that lets through some twenty system calls (memory,
-clock, read and write on the three open pipes, exit) and kills the process on any other. Before the wall stands an
+clock, read and write on the three open pipes, exit) and kills the process on any other, those of the 32-bit and x32
+interfaces too. Before the wall stands an
 audit hook, which only serves to name what a program tried: ``import socket``, ``os.system``, ``open``.
 """
 
@@ -35,6 +36,7 @@ HARMLESS = frozenset(
 PR_SET_NO_NEW_PRIVS, PR_SET_DUMPABLE, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 4, 22, 2
 KILL_PROCESS, ALLOW, DENY = 0x80000000, 0x7FFF0000, 0x00050001  # DENY: the call fails with EPERM
 PROT_EXEC = 4
+LAST_ADVICE = 25  # of madvise(2): above stand MADV_HWPOISON and MADV_SOFT_OFFLINE, by which root breaks a page of RAM
 # linux/audit.h's number of the architecture, and the numbers of the system calls there (asm/unistd.h).
 ARCHITECTURES = {
     "x86_64": (0xC000003E, {
@@ -78,7 +80,7 @@ def main() -> None:
 def _reporter(write: Any, leave: Any, dump: Any) -> Any:
     def report(status: str, detail: str, value: str | None) -> None:
         """Write the verdict and leave at once: nothing of the program runs any more, no handler and no finaliser."""
-        write(2, dump({"status": status, "detail": detail[:300], "value": value}).encode())
+        write(2, b"\n" + dump({"status": status, "detail": detail[:300], "value": value}).encode())
         leave(0)
 
     return report
@@ -120,11 +122,16 @@ def _filter_system_calls() -> None:
 
 def _bpf(architecture: int, numbers: dict[str, int]) -> bytes:
     """Return the filter: another architecture dies, listed calls pass, executable memory is refused, the rest dies."""
-    load_word, jump_equal, jump_bits, leave = 0x20, 0x15, 0x45, 0x06  # opcodes of linux/filter.h
+    load_word, jump_equal, jump_above, jump_bits, leave = 0x20, 0x15, 0x25, 0x45, 0x06  # opcodes of linux/filter.h
     number_at, architecture_at, third_argument_at = 0, 4, 32  # places in struct seccomp_data
 
     def step(operation: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("HBBI", operation, if_true, if_false, value)
+
+    def guarded(number: int, test: bytes) -> list[bytes]:
+        """The call fails where the test on its third argument holds, and passes where it does not."""
+        look = [step(jump_equal, number, 0, 4), step(load_word, third_argument_at)]
+        return [*look, test, step(leave, DENY), step(leave, ALLOW)]
 
     steps = [
         step(load_word, architecture_at),
@@ -134,13 +141,9 @@ def _bpf(architecture: int, numbers: dict[str, int]) -> bytes:
     ]
     for name, number in numbers.items():
         if name in NO_CODE:
-            steps += [
-                step(jump_equal, number, 0, 4),
-                step(load_word, third_argument_at),
-                step(jump_bits, PROT_EXEC, 0, 1),
-                step(leave, DENY),
-                step(leave, ALLOW),
-            ]
+            steps += guarded(number, step(jump_bits, PROT_EXEC, 0, 1))
+        elif name == "madvise":
+            steps += guarded(number, step(jump_above, LAST_ADVICE, 0, 1))
         else:
             steps += [step(jump_equal, number, 0, 1), step(leave, DENY if name in FAILS else ALLOW)]
     return b"".join([*steps, step(leave, KILL_PROCESS)])
@@ -150,7 +153,8 @@ def _watch(report: Any) -> None:
     """Stop at the first event that would reach outside, by its name."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in HARMLESS and not (event == "open" and arguments[0] == NAME):  # shown in a SyntaxError
+        shown = event == "open" and type(arguments[0]) is str and arguments[0] == NAME  # in a SyntaxError
+        if event not in HARMLESS and not shown:
             named = event == "import" or event in ("open", "os.system")
             first = arguments[0] if named and arguments else ""
             what = first.decode(errors="replace") if isinstance(first, bytes) else first

@@ -78,12 +78,9 @@ def _nvml_joules(device: torch.device) -> list[float]:
         return []
     import pynvml
 
-    pynvml.nvmlInit()
     try:
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         return [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3]
-    except pynvml.NVMLError_NotSupported:
+    except pynvml.NVMLError:  # no such library, a part of a GPU, an old GPU: the row says null
         return []
-    finally:
-        pynvml.nvmlShutdown()

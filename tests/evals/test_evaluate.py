@@ -53,6 +53,7 @@ def test_record_and_items_are_as_documented(ours: tuple[Path, Record]) -> None:
     assert "samples" not in record.results["lm_eval"]
     reuse = record.results["state_reuse"]
     assert reuse["enabled"] and reuse["tokens_saved"] > 0
+    assert 0 < record.results["seconds"]["answering"] < record.seconds
 
 
 def test_items_give_back_the_scores(ours: tuple[Path, Record]) -> None:

@@ -9,7 +9,6 @@ import torch
 
 from mambacus.measuring import huggingface, ours, shapes
 from mambacus.measuring.cases import Case
-from mambacus.measuring.energy import Energy
 from mambacus.measuring.sides import make_side
 
 CASE = Case("generate", "transformers", "micro", "float32", 2, 12, new_tokens=4)
@@ -111,20 +110,3 @@ def test_llama_cpp_computes_our_model():
     side.decode()()
     side.generate(3)()
     assert side.facts()["format"] == "F32"
-
-
-def test_energy_is_counted_where_the_cpu_counts_it(tmp_path):
-    package, part = tmp_path / "intel-rapl:0", tmp_path / "intel-rapl:0:0"
-    for zone, value in ((package, 5_000_000), (part, 1)):
-        zone.mkdir()
-        (zone / "energy_uj").write_text(str(value))
-        (zone / "max_energy_range_uj").write_text("9000000")
-    with Energy(torch.device("cpu"), tmp_path) as energy:
-        (package / "energy_uj").write_text("7500000")
-    assert energy.joules == pytest.approx(2.5)
-    with energy:
-        (package / "energy_uj").write_text("500000")  # the counter started again at 9 J
-    assert energy.joules == pytest.approx(2.0)
-    with Energy(torch.device("cpu"), tmp_path / "nothing") as missing:
-        pass
-    assert missing.joules is None
