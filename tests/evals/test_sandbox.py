@@ -98,6 +98,7 @@ HOSTILE = {
     "error that hangs": (
         "class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E", "time", "SIGXCPU",
     ),
+    "regex without end": ("import re\nre.match('(a+)+$', 'a' * 60 + 'b')", "time", "SIGXCPU"),
     "finaliser": (
         "class F:\n    def __del__(self):\n        while True: pass\nf = F()\ndel f", "time", "SIGXCPU",
     ),
