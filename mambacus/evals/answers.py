@@ -91,6 +91,8 @@ def extract_letter(completion: str, options: Sequence[str]) -> Extraction:
             rf"\W*(?:(?i:option|choice|text|answer)\W*)?(?:([{letters}])(?![A-Za-z'])|\(?([{letters.lower()}])\))",
             segment,
         )
+        if match and re.match(rf"\W*(?:or|and)\W+[{letters}](?![A-Za-z'])", segment[match.end() :]):
+            return _NOT_FOUND  # two letters are no choice
         if match:
             return Extraction((match[1] or match[2]).upper(), reason)
         return _option_named(segment, options, letters)

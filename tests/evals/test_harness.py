@@ -89,6 +89,23 @@ def test_rolling_windows_are_those_of_hf(checkpoint: Any, small_data: Path, batc
     assert lm.counts.requests > len(texts)  # the long texts were several windows
 
 
+def test_a_long_window_is_a_whole_document(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from state to state, it has the likelihood of one pass over all of it."""
+    import torch
+
+    from mambacus.evals import scoring
+
+    text = "A document that is longer than any window. " * 20
+    monkeypatch.setattr(scoring, "LOGIT_BYTES", 100 * 4 * checkpoint.model.config.padded_vocab_size)
+    lm = MambacusLM(checkpoint.model, checkpoint.tokenizer, max_length=10**6)
+    (found,) = lm.loglikelihood_rolling([instance("loglikelihood_rolling", text)], disable_tqdm=True)
+    tokens = torch.tensor([[lm.prefix_token_id, *lm.tok_encode(text)]])
+    with torch.inference_mode():
+        expected = checkpoint.model(tokens).logits.double().log_softmax(-1)[0, :-1].gather(-1, tokens[0, 1:, None])
+    assert found == pytest.approx(float(expected.sum()), rel=1e-6)
+    assert lm.counts.requests == 1 and lm.counts.passes > 5
+
+
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_greedy_generations_are_those_of_hf(checkpoint: Any, small_data: Path, batch_size: int) -> None:
     (task,), _ = load_tasks(["gsm8k"], small_data)
