@@ -4,9 +4,9 @@ The Transformer is transformers' Llama: rotary positions, RMSNorm, gated MLP, no
 Mamba paper), attention by ``scaled_dot_product_attention``. Both arms tie the output head to the embeddings and start
 alike: normal embeddings of deviation ``1 / sqrt(width)``, torch's own initial linear layers, and what writes to the
 residual stream divided by the root of the number of writers. The usual 0.02 is meant for wide models: in narrow ones
-the layers' outputs drown the embeddings, and a Transformer of width 64 was still guessing at four pairs of `mqar` after
-1000 steps that it recalls in 200 with these. A Mamba block has about half the parameters of a Transformer layer of its
-width, so twice as many make the widths alike.
+the layers' outputs drown the embeddings, and a Transformer of width 64 (one seed) was still guessing at four pairs of
+`mqar` after 1000 steps that it recalls in 200 with these. A Mamba block has about half the parameters of a Transformer
+layer of its width, so twice as many make the widths alike.
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ from mambacus.synthetic.tasks import PAD, START, SYMBOLS, Tokens, unscored
 class Mqar:
     """Recall the value of every key; keys and values have vocabularies of their own, no key stands twice.
 
+    Every key comes again just once, so a model that recalls nothing but strikes out values already given is right at
+    ``(1 + 1/2 + ... + 1/x) / x`` of them (few repeat): 75 % of 2 pairs, 52 % of 4, 7 % of 64.
+
     Source: Arora et al. 2023, Zoology (arXiv 2312.04927). There queries are spread over the
     row by a power law with filler between; here they follow each other, so that no token is idle.
     """
