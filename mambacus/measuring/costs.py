@@ -119,4 +119,4 @@ def with_limits(row: dict[str, Any], ceilings: dict[str, float]) -> dict[str, An
     if not work:
         return row
     least = least_ms(work, row["dtype"], ceilings)
-    return row | {"least_ms": round(least, 4), "of_least": round(least / row["median_ms"], 4)}
+    return row | {"least_ms": float(f"{least:.5g}"), "of_least": float(f"{least / row['median_ms']:.4g}")}
