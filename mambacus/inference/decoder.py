@@ -78,7 +78,7 @@ class Decoder:
 
     def _room(self, rows: int) -> MambaState:
         """Return memory for at least ``rows`` rows of the model as it is now."""
-        weight = self._base.backbone.embeddings.weight
+        weight = self._base.backbone.norm_f.weight  # no adapter and no quantisation replaces it
         weights = (weight.data_ptr(), weight.device, weight.dtype)
         if self._pool is not None and self._pool.batch >= rows and weights == self._weights:
             return self._pool

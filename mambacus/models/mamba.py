@@ -303,6 +303,7 @@ class MambaLM(nn.Module):
         name_or_path: where the weights came from; adapters record it as their base.
         adapter: which adapter of `mambacus.models.ssm_adapters` sits on the model, None for none.
         beginning: that adapter's learned state of a document's beginning, None for zeros.
+        quantisation: what `mambacus.models.quantised` did to the weights, None for nothing.
     """
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012 -- read by PEFT
@@ -314,6 +315,7 @@ class MambaLM(nn.Module):
         self.name_or_path = ""
         self.adapter: Any = None
         self.beginning: Any = None
+        self.quantisation: Any = None
         self.backbone = Backbone(config)
         self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
         self.tie_weights()
@@ -346,13 +348,13 @@ class MambaLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the embeddings."""
-        return self.backbone.embeddings.weight.device
+        """Device of the weights."""
+        return self.backbone.norm_f.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights, apart from ``A_log``, ``D`` and ``dt_proj.bias`` which are at least float32."""
-        return self.backbone.embeddings.weight.dtype
+        return self.backbone.norm_f.weight.dtype
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding module (the name PEFT calls)."""

@@ -96,7 +96,7 @@ def _cache_directory() -> Path:
     """
     here = Path(__file__).parent
     digest = hashlib.sha256(sys.version.encode())
-    for source in sorted([*here.glob("*.py"), *here.glob("*/cpu.py")]):
+    for source in sorted([*here.glob("*.py"), *here.glob("*/*.py")]):
         digest.update(source.read_bytes())
     try:
         home = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
