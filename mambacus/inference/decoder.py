@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import bisect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mambacus.models import MambaLM, MambaState
 from mambacus.models.primed import PrimedModel
+from mambacus.ops.dispatch import runs_eagerly_on_cpu
+from mambacus.ops.tape import Tape
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # batch sizes of recorded steps
+TAPED_ROWS = 4  # most rows of a step on a CPU that is kept as a tape: of more rows the kernels take longer than Python
 _FIRST_ROWS = 4  # rows that memory is made for at first; doubled when they are taken
+
+
+class Taped(NamedTuple):
+    """A recorded step on a CPU, the tokens (rows,) it reads, and the logits (rows, vocabulary) it writes."""
+
+    tape: Tape
+    inputs: Tensor
+    logits: Tensor
 
 
 class Decoder:
@@ -38,6 +49,8 @@ class Decoder:
         self._pool: MambaState | None = None
         self._graphs_wanted = graphs and self._model is base
         self._graphs: dict[int, tuple[Any, Tensor]] = {}  # bucket -> graph, the logits it writes
+        self._tapes: dict[int, Taped | None] = {}  # rows -> None after the first step
+        self._versions: list[int] = []  # of every A_log, when the tapes were recorded
         self._graph_memory: Any = None  # shared: one step's numbers are read before the next one's are written
         self._input: Tensor | None = None
         self._weights = (0, torch.device("cpu"), torch.float32)
@@ -71,8 +84,32 @@ class Decoder:
         pool = self._room(rows)
         if self._graphs_wanted and tokens.is_cuda:
             return self._replay(tokens)
-        out = self._model(input_ids=tokens[:, None], state=_first(pool, rows), reuse_state=True)
-        pool.tokens[:rows] = out.state.tokens
+        if self._model is self._base and rows <= TAPED_ROWS and runs_eagerly_on_cpu(tokens):
+            return self._play(tokens, _first(pool, rows))
+        return self._run(tokens[:, None], _first(pool, rows))
+
+    def _play(self, tokens: Tensor, state: MambaState) -> Tensor:
+        """Make the step from its tape: the first step of a size runs freely, the second is recorded."""
+        rows = len(tokens)
+        versions = [layer.mixer.A_log._version for layer in self._base.backbone.layers]
+        if versions != self._versions:  # the model keeps what it computes of A_log, and so do tapes
+            self._versions, self._tapes = versions, {}
+        if rows not in self._tapes:
+            self._tapes[rows] = None
+            return self._run(tokens[:, None], state)
+        taped = self._tapes[rows]
+        if taped is None:
+            inputs = tokens.clone()
+            tape, logits = Tape.record(lambda: self._run(inputs[:, None], state))
+            self._tapes[rows] = Taped(tape, inputs, logits)
+            return logits.clone()
+        taped.inputs.copy_(tokens)
+        taped.tape.replay()
+        return taped.logits.clone()
+
+    def _run(self, tokens: Tensor, state: MambaState) -> Tensor:
+        out = self._model(input_ids=tokens, state=state, reuse_state=True)
+        state.tokens.copy_(out.state.tokens)
         logits: Tensor = out.logits[:, 0]
         return logits
 
@@ -92,6 +129,7 @@ class Decoder:
             pool.tokens[:kept] = self._pool.tokens
         self._pool, self._weights = pool, weights
         self._graphs.clear()
+        self._tapes.clear()
         self._input = torch.zeros(size, dtype=torch.int64, device=weight.device) if weight.is_cuda else None
         return pool
 
