@@ -226,6 +226,19 @@ def store_bfloat16(typing_context: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
+def store_bfloat16_float(typing_context: Any, address: Any, value: Any) -> Any:
+    """Write one float32 as bfloat16, rounded as `store_bfloat16` does."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        upper = builder.extract_element(_upper_halves(builder, _splat(builder, args[1])), ir.Constant(ir.IntType(32), 0))
+        pointer = builder.inttoptr(args[0], ir.IntType(16).as_pointer())
+        builder.store(builder.trunc(upper, ir.IntType(16)), pointer, align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), generate
+
+
+@intrinsic
 def round_bfloat16(typing_context: Any, value: Any) -> Any:
     """Return ``value`` as bfloat16 would keep it."""
 

@@ -24,7 +24,7 @@ _ALLOCATIONS = {
     torch.ops.aten.empty_strided.default,
     torch.ops.aten.new_empty.default,
 }
-_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.clone.default}
+_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype, torch.ops.aten.clone.default}
 _DATA_DEPENDENT = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 
 

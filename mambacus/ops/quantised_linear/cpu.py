@@ -29,13 +29,12 @@ from mambacus.ops.integer_simd import (
     to_floats,
 )
 from mambacus.ops.quantised_linear.packing import BLOCK_BYTES, WORDS, Packed
-from mambacus.ops.rows import floats, new
+from mambacus.ops.rows import new, read_numbers, write_number
 from mambacus.ops.simd import (
     LANES,
     VECTOR,
     absolute,
     greatest,
-    load,
     load_float,
     load_int64,
     prefetch,
@@ -60,21 +59,21 @@ LEAST = np.float32(1e-30)  # rows whose inputs are all smaller count as zeros
 
 
 @njit
-def round_row(x, target, length, padded):
-    """Write a row of float32 as integers of 16 bits, zeros after it; return what a one of them stands for.
+def round_row(x, target, length, padded, half):
+    """Write a row of float32 or (``half``) bfloat16 as integers of 16 bits, zeros after it; return what a one of them stands for.
 
     NaN or infinity makes that NaN.
     """
     largest, odd = splat(0.0), splat(0.0)
     for k in range(0, length, LANES):
-        value = load(x + 4 * k)
+        value = read_numbers(x, k, half)
         odd = odd + value * np.float32(0.0)
         size = absolute(value)
         largest = where_negative(largest - size, size, largest)
     most = greatest(largest)
     inverse = LARGEST / most if most > LEAST else np.float32(0.0)
     for k in range(0, length, LANES):
-        store_rounded(target + 2 * k, load(x + 4 * k) * inverse)
+        store_rounded(target + 2 * k, read_numbers(x, k, half) * inverse)
     for k in range(length, padded, LANES):
         store_rounded(target + 2 * k, splat(0.0))
     return most / LARGEST + total(odd)
@@ -189,12 +188,14 @@ class Task(NamedTuple):
     scales: int
     y: int
     rounded: int
+    x_half: int  # 1 for bfloat16, 0 for float32
+    y_half: int
 
 
 @njit
 def read_task(p):
     """Return the arguments at an address."""
-    return Task(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9])
+    return Task(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11])
 
 
 @njit
@@ -202,7 +203,7 @@ def compute_output(task, x, x_row, steps, n, eight):
     """Compute output ``n`` of every row from the rounded rows at ``x`` and what their numbers stand for."""
     codes = task.codes + n * task.blocks * BLOCK_BYTES
     scales = task.scales + 2 * n * task.blocks * (1 if eight else 4)
-    y, y_row = task.y + 4 * n, 4 * task.outputs
+    y, half, width = task.y, task.y_half, task.outputs
     tiled = task.rows - task.rows % TILE
     for m in range(0, tiled, TILE):
         place = x + m * x_row
@@ -210,16 +211,16 @@ def compute_output(task, x, x_row, steps, n, eight):
             a, b, c, d = tile8(place, x_row, codes, scales, task.blocks)
         else:
             a, b, c, d = tile4(place, x_row, codes, scales, task.blocks)
-        store_float(y + m * y_row, a * load_float(steps + 4 * m))
-        store_float(y + (m + 1) * y_row, b * load_float(steps + 4 * m + 4))
-        store_float(y + (m + 2) * y_row, c * load_float(steps + 4 * m + 8))
-        store_float(y + (m + 3) * y_row, d * load_float(steps + 4 * m + 12))
+        write_number(y, m * width + n, a * load_float(steps + 4 * m), half)
+        write_number(y, (m + 1) * width + n, b * load_float(steps + 4 * m + 4), half)
+        write_number(y, (m + 2) * width + n, c * load_float(steps + 4 * m + 8), half)
+        write_number(y, (m + 3) * width + n, d * load_float(steps + 4 * m + 12), half)
     for m in range(tiled, task.rows):
         if eight:
             product = dot8(x + m * x_row, codes, scales, task.blocks)
         else:
             product = dot4(x + m * x_row, codes, scales, task.blocks)
-        store_float(y + m * y_row, product * load_float(steps + 4 * m))
+        write_number(y, m * width + n, product * load_float(steps + 4 * m), half)
 
 
 @Kernel
@@ -231,7 +232,8 @@ def few_rows_kernel(p, thread, threads):
     x = task.rounded + thread * task.rows * (x_row + 4)
     steps = x + task.rows * x_row
     for m in range(task.rows):
-        step = round_row(task.x + 4 * m * task.length, x + m * x_row, task.length, padded)
+        row = task.x + (2 if task.x_half else 4) * m * task.length
+        step = round_row(row, x + m * x_row, task.length, padded, task.x_half)
         store_float(steps + 4 * m, step / np.float32(1 << (16 - task.bits)))  # weights stand at the top of their words
     parts = -(-task.outputs // OUTPUTS)
     first = parts * thread // threads * OUTPUTS
@@ -244,21 +246,28 @@ def few_rows_kernel(p, thread, threads):
             compute_output(task, x, x_row, steps, n, False)
 
 
-def few_rows(x: Tensor, weight: Packed) -> Tensor:
-    """Return ``x @ weight.T`` in float32; x (..., in_features)."""
-    x = floats(x)
+def few_rows(x: Tensor, weight: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return ``x @ weight.T``, summed in float32.
+
+    Args:
+        x: (..., in_features), float32 or bfloat16.
+        weight: (out_features, in_features).
+        dtype: of the result, float32 or bfloat16.
+    """
+    x = x.contiguous()
     missing = -x.shape[-1] % LANES
     if missing:
         x = F.pad(x, (0, missing))
     outputs, code_words = weight.codes.shape
     length = x.shape[-1]
     rows = x.numel() // length
-    y = new(*x.shape[:-1], outputs)
+    y = new(*x.shape[:-1], outputs, dtype=dtype)
     cost = outputs * code_words * (2 * NANOSECONDS_PER_BYTE + rows * weight.format.planes * NANOSECONDS_PER_PRODUCT)
     threads = thread_count(-(-outputs // OUTPUTS), cost)
     rounded = new(threads * rows * (code_words * weight.format.planes + 2), dtype=torch.int16)
     addresses = (tensor.data_ptr() for tensor in (x, weight.codes, weight.scales, y, rounded))
-    few_rows_kernel((rows, outputs, code_words // WORDS, length, weight.format.bits, *addresses), threads)
+    halves = (int(tensor.dtype == torch.bfloat16) for tensor in (x, y))
+    few_rows_kernel((rows, outputs, code_words // WORDS, length, weight.format.bits, *addresses, *halves), threads)
     return y
 
 

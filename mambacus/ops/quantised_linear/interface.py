@@ -52,10 +52,9 @@ def quantised_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> T
         return _many_rows(x, weight, bias)
     from mambacus.ops.quantised_linear.cpu import few_rows  # numba loads where it is needed
 
-    y = few_rows(x, weight)
-    if bias is not None:
-        y += bias
-    return y if x.dtype == torch.float32 else y.to(x.dtype)
+    if bias is None:
+        return few_rows(x, weight, x.dtype)
+    return few_rows(x, weight).add_(bias).to(x.dtype)
 
 
 def quantised_rows(weight: Packed, rows: Tensor) -> Tensor:
