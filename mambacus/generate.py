@@ -33,6 +33,10 @@ class Config:
     seed: int = opt(0, help="seed of the draws")
     device: str = opt("auto", help="auto, cpu, cuda or cuda:N")
     dtype: str = opt("float32", help="dtype of the weights", choices=("float32", "bfloat16", "float16"))
+    weights: str | None = opt(
+        None, help="int8 or int4: quantise the large matrices, on a CPU; the cost in perplexity is measured and printed",
+        choices=("int8", "int4"),
+    )  # fmt: skip
     tokenizer: str | None = opt(None, help="tokenizer folder or file instead of the model's", metavar="PATH")
     data_dir: Path | None = opt(None, help="data folder with tokenizer/20B_tokenizer.json", metavar="DIR")
     out: Path | None = opt(None, help="write the record here", metavar="FILE.json")
@@ -65,8 +69,9 @@ def run(config: Config) -> Record:
             claim_file(path, overwrite=config.overwrite, flag=flag)
     prompt = _prompt(config.prompt)
     model, tokenizer = load(
-        config.model, device, dtype, config.adapter, tokenizer=config.tokenizer, data_dir=config.data_dir
-    )
+        config.model, device, dtype, config.adapter, weights=config.weights, tokenizer=config.tokenizer,
+        data_dir=config.data_dir,
+    )  # fmt: skip
     before = read_state(config.state, model, tokenizer) if config.state else None
     state = before.state if before else None
     engine = Engine(model, tokenizer)
@@ -80,6 +85,8 @@ def run(config: Config) -> Record:
         "decode_seconds": engine.stats.decode_seconds,
         "tokens_per_second": engine.stats.tokens_per_second,
     }
+    if config.weights:
+        results["quantisation"] = dataclasses.asdict(model.quantisation)
     if config.save_state:
         # Read again rather than carried out of the batch: once per command, and the engine stays simple.
         read = [*engine.encode(prompt, continues=state is not None), *completions[0].token_ids]

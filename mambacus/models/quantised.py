@@ -159,6 +159,16 @@ def quantise_and_measure(model: MambaLM, tokenizer: Any, format: str) -> Quantis
     return model.quantisation
 
 
+def quantisation_record(model: nn.Module) -> dict[str, Any]:
+    """Return what was done to a model's weights, for a record; the model may stand in a `PrimedModel`.
+
+    Raises:
+        AttributeError: nothing was done to them.
+    """
+    base: Any = model if isinstance(model, MambaLM) else model.model
+    return dataclasses.asdict(base.quantisation)
+
+
 def check_format(format: str, device: torch.device) -> None:
     """Check that weights of this format can be had on a device.
 

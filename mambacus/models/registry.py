@@ -6,6 +6,7 @@ import dataclasses
 import importlib.resources
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def load(
         adapter: folder of a PEFT adapter to attach, or the fine-tuning run that holds it; the model is then a
             ``peft.PeftModel`` around the `MambaLM`.
         weights: ``int8`` or ``int4`` to quantise the large matrices (on a CPU, without an adapter); the model's
-            ``quantisation`` says what it costs in perplexity, measured here: as long as reading 2500 tokens takes.
+            ``quantisation`` says what it costs in perplexity, which is measured here, in the time of reading 2500 tokens,
+            and printed on standard error.
         tokenizer: folder or ``tokenizer.json`` to use instead of the model's own.
         data_dir: data folder in which the GPT-NeoX tokenizer may lie (default: ``$MAMBACUS_DATA_DIR``).
         backend: backend of the ops: ``auto``, ``reference``, ``cpu`` or ``triton``.
@@ -110,7 +112,7 @@ def load(
         model = attach_adapter(model, folder)
     model.eval()
     if weights is not None:
-        quantise_and_measure(model, found, weights)
+        print(quantise_and_measure(model, found, weights), file=sys.stderr)
     return model, found
 
 
