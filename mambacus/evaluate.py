@@ -38,7 +38,7 @@ class Config:
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = opt("float32", "dtype of the weights", choices=("float32", "bfloat16", "float16"))
     weights: str | None = opt(
-        None, "int8 or int4: quantise the large matrices, on a CPU; the cost in perplexity is measured and printed",
+        None, "int8 or int4: quantise the large matrices, on a CPU; the cost in perplexity is printed",
         choices=("int8", "int4"),
     )  # fmt: skip
     seed: int = opt(1234, "seed of the choice of worked examples; lm_eval's default is 1234", least=0, most=MOST_SEED)

@@ -46,7 +46,7 @@ class Config:
     device: str = opt("auto", help="auto, cpu, cuda or cuda:N")
     dtype: str = opt("float32", help="dtype of the weights", choices=("float32", "bfloat16", "float16"))
     weights: str | None = opt(
-        None, help="int8 or int4: quantise the large matrices, on a CPU; the cost in perplexity is measured and printed",
+        None, help="int8 or int4: quantise the large matrices, on a CPU; the cost in perplexity is printed",
         choices=("int8", "int4"),
     )  # fmt: skip
     tokenizer: str | None = opt(None, help="tokenizer folder or file instead of the model's", metavar="PATH")

@@ -181,7 +181,7 @@ class MambaMixer(_KeepsFloat32):
         x, conv_state = self.conv1d(x, seq_idx, conv_state, reuse_state)
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
         bias = None
-        later = dt.is_cuda or not torch.is_grad_enabled()  # else delta is float32 for the backward pass
+        later = dt.is_cuda or not torch.is_grad_enabled()  # else delta is float32, for its gradient
         if later and isinstance(self.dt_proj, StepProjection):  # an adapter's layer gives the whole step
             delta, bias = self.dt_proj(dt, later=True)
         else:
@@ -204,13 +204,13 @@ class MambaMixer(_KeepsFloat32):
         return self.out_proj(y), conv_state, ssm_state  # (batch, seqlen, d_model)
 
     def decay(self) -> Tensor:
-        """Return A = -exp(A_log); for decoding on a CPU it is kept until A_log changes, as it costs as much as the scan."""
+        """Return A = -exp(A_log); where no gradient is wanted on a CPU, it is kept until A_log changes."""
         A_log = self.A_log
-        if torch.is_grad_enabled() or not runs_eagerly_on_cpu(A_log) or A_log.is_inference():
+        if torch.is_grad_enabled() or A_log.is_inference() or not runs_eagerly_on_cpu(A_log):
             return -torch.exp(A_log)
-        key = (A_log.data_ptr(), A_log._version)
-        if self._decay is None or self._decay[0] is not A_log or self._decay[1] != key:
-            self._decay = (A_log, key, -torch.exp(A_log))
+        source = (A_log.data_ptr(), A_log._version)
+        if self._decay is None or self._decay[0] is not A_log or self._decay[1] != source:
+            self._decay = (A_log, source, -torch.exp(A_log))
         return self._decay[2]
 
     @torch.no_grad()

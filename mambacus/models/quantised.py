@@ -1,8 +1,8 @@
 """Weight-only quantisation of a Mamba for decoding on a CPU, and what it costs in perplexity.
 
 Quantised are the large matrices: ``in_proj``, ``x_proj`` and ``out_proj`` of every block, and the output head with the
-embedding that is tied to it. The convolution, ``dt_proj``, ``A_log``, ``D`` and the norms stay as they are: they are two
-hundredths of the weights, and the recurrence is sensitive to them.
+embedding that is tied to it. The convolution, ``dt_proj``, ``A_log``, ``D`` and the norms stay as they are: a few
+hundredths of the weights, to which the recurrence is sensitive.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def quantise(model: MambaLM, format: str) -> Quantisation:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, QuantisedLinear(module, format))
     if model.config.tie_embeddings:
-        model.backbone.embeddings = QuantisedEmbedding(model.lm_head, dtype)
+        head: Any = model.lm_head
+        setattr(model.backbone, "embeddings", QuantisedEmbedding(head, dtype))  # noqa: B010 -- another class of module
     model.quantisation = Quantisation(format, before, _bytes(model))
     return model.quantisation
 

@@ -79,8 +79,8 @@ def load(
         adapter: folder of a PEFT adapter to attach, or the fine-tuning run that holds it; the model is then a
             ``peft.PeftModel`` around the `MambaLM`.
         weights: ``int8`` or ``int4`` to quantise the large matrices (on a CPU, without an adapter); the model's
-            ``quantisation`` says what it costs in perplexity, which is measured here, in the time of reading 2500 tokens,
-            and printed on standard error.
+            ``quantisation`` says what it costs in perplexity, which is measured here, in the time of reading 2500
+            tokens, and printed on standard error.
         tokenizer: folder or ``tokenizer.json`` to use instead of the model's own.
         data_dir: data folder in which the GPT-NeoX tokenizer may lie (default: ``$MAMBACUS_DATA_DIR``).
         backend: backend of the ops: ``auto``, ``reference``, ``cpu`` or ``triton``.
@@ -92,8 +92,8 @@ def load(
         token a byte for ``random:micro`` and ``random:tiny``.
 
     Raises:
-        UserError: no such model, hub not reachable, broken files, an adapter for another model, no tokenizer, weights that cannot
-            be quantised.
+        UserError: no such model, hub not reachable, broken files, an adapter for another model, no tokenizer, weights
+            that cannot be quantised.
     """
     if weights is not None:
         check_format(weights, torch.device(device))

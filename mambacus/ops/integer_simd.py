@@ -1,8 +1,8 @@
 """Vectors of 16-bit and 32-bit integers for numba kernels: the products of quantised weights; see `simd`.
 
-``words`` are ``2 * LANES`` numbers of 16 bits, ``ints`` are ``LANES`` numbers of 32 bits: one register each. The product
-of two ``words``, summed in pairs, is one instruction of every x86 processor since SSE2 (with its sum, of one with VNNI);
-elsewhere LLVM makes it of plain products. Its result is exact, so it is the same everywhere.
+``words`` are ``2 * LANES`` numbers of 16 bits, ``ints`` are ``LANES`` numbers of 32 bits: one register each. The
+product of two ``words``, summed in pairs, is one instruction of every x86 processor since SSE2 (with VNNI its sum is in
+it); elsewhere LLVM makes it of plain products. Its result is exact, so sums of it are the same everywhere.
 """
 
 # mypy: allow-untyped-defs
@@ -79,9 +79,7 @@ def store_rounded(typing_context: Any, address: Any, value: Any) -> Any:
             builder.module, ir.FunctionType(_FLOATS, [_FLOATS]), f"llvm.rint.v{LANES}f32"
         )
         whole = builder.fptosi(builder.call(rint, [args[1]]), _INTS)
-        builder.store(
-            builder.trunc(whole, _HALF_WORDS), builder.inttoptr(args[0], _HALF_WORDS.as_pointer()), align=2
-        )
+        builder.store(builder.trunc(whole, _HALF_WORDS), builder.inttoptr(args[0], _HALF_WORDS.as_pointer()), align=2)
         return context.get_dummy_value()
 
     return types.void(types.int64, vector), generate

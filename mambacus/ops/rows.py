@@ -176,7 +176,7 @@ def convert_kernel(p, thread, threads):
 
 
 def copy(source: Tensor, target: Tensor) -> Tensor:
-    """Copy ``source`` into ``target`` and return that; the few numbers of a token by a kernel, which a tape can join."""
+    """Copy ``source`` into ``target`` and return that; the few numbers of a token by a kernel, which tapes can join."""
     tensors = (source, target)
     known = all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in tensors)
     if not known or source.shape != target.shape or source.numel() > COPIED_BY_KERNEL or source.numel() % LANES:

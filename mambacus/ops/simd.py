@@ -230,7 +230,9 @@ def store_bfloat16_float(typing_context: Any, address: Any, value: Any) -> Any:
     """Write one float32 as bfloat16, rounded as `store_bfloat16` does."""
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        upper = builder.extract_element(_upper_halves(builder, _splat(builder, args[1])), ir.Constant(ir.IntType(32), 0))
+        upper = builder.extract_element(
+            _upper_halves(builder, _splat(builder, args[1])), ir.Constant(ir.IntType(32), 0)
+        )
         pointer = builder.inttoptr(args[0], ir.IntType(16).as_pointer())
         builder.store(builder.trunc(upper, ir.IntType(16)), pointer, align=2)
         return context.get_dummy_value()

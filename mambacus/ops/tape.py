@@ -6,7 +6,6 @@ kernel. A tape keeps their arguments and calls them in one go, on threads that a
 
 from __future__ import annotations
 
-import array
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -25,10 +24,10 @@ _ALLOCATIONS = {
     torch.ops.aten.new_empty.default,
 }
 _COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype, torch.ops.aten.clone.default}
-_DATA_DEPENDENT = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+_DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
-class CannotRecord(Exception):
+class RecordingError(Exception):
     """The run does something that a tape cannot repeat."""
 
 
@@ -49,7 +48,7 @@ class Tape:
         """Run ``run`` once on CPU tensors; return the tape and what ``run`` returned.
 
         Raises:
-            CannotRecord: it reads a number out of a tensor, or makes a tensor whose shape depends on numbers.
+            RecordingError: it reads a number out of a tensor, or makes a tensor whose shape depends on numbers.
         """
         tape = cls()
         with recording(tape._calls), _Operations(tape):
@@ -58,6 +57,10 @@ class Tape:
         tape._kept.append(result)
         return tape, result
 
+    def __len__(self) -> int:
+        """Return the number of steps: stretches of kernels, and operations between them."""
+        return len(self._steps)
+
     def replay(self) -> None:
         """Run again what was recorded."""
         for step in self._steps:
@@ -65,8 +68,8 @@ class Tape:
 
     def add(self, operation: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Append a torch operation, unless it only allocates memory or looks at it in another way."""
-        if operation in _DATA_DEPENDENT:
-            raise CannotRecord(f"{operation}: its result depends on numbers in a tensor")
+        if _depends_on_numbers(operation, args):
+            raise RecordingError(f"{operation}: its result depends on numbers in a tensor")
         self._kept += [args, kwargs, out]
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if operation in _ALLOCATIONS or not (operation._schema.is_mutable or _new_memory(results, (args, kwargs))):
@@ -98,6 +101,12 @@ class _Operations(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self._tape.add(func, args, kwargs or {}, out)
         return out
+
+
+def _depends_on_numbers(operation: Any, args: Any) -> bool:
+    """Tell whether a result is no tensor, or of a shape, that other numbers in the inputs would change."""
+    masks = operation is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+    return masks or not _DATA_DEPENDENT.isdisjoint(operation.tags)
 
 
 def _again(operation: Any, args: Any, kwargs: dict[str, Any], results: list[Tensor]) -> None:

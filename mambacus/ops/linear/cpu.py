@@ -50,9 +50,10 @@ def store_three(y, place, half, a, b, c):
 
 @njit
 def tile(x, x_row, weight, weight_row, length, half, y, place, y_row, y_half, ahead, stride):
-    """Compute four rows times three outputs, from ``place`` of y on: the twelve sums and what they need fill the sixteen vector registers.
+    """Compute four rows times three outputs, from ``place`` of y on.
 
-    Meanwhile ask for the memory from ``ahead`` on, ``stride`` bytes for each vector of the length.
+    The twelve sums and what they need fill the sixteen vector registers. Meanwhile ask for the memory from ``ahead``
+    on, ``stride`` bytes for each vector of the length.
     """
     a0 = a1 = a2 = b0 = b1 = b2 = c0 = c1 = c2 = d0 = d1 = d2 = splat(0.0)
     for k in range(0, length, LANES):

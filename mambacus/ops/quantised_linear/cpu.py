@@ -18,15 +18,15 @@ from torch import Tensor
 
 from mambacus.ops.integer_simd import (
     add_ints,
-    half_to_floats,
     first_scale,
+    half_to_floats,
     load_scales,
-    second_scale,
-    top_bits,
     load_words,
     multiply_pairs,
+    second_scale,
     store_rounded,
     to_floats,
+    top_bits,
 )
 from mambacus.ops.quantised_linear.packing import BLOCK_BYTES, WORDS, Packed
 from mambacus.ops.rows import new, read_numbers, write_number
@@ -60,9 +60,10 @@ LEAST = np.float32(1e-30)  # rows whose inputs are all smaller count as zeros
 
 @njit
 def round_row(x, target, length, padded, half):
-    """Write a row of float32 or (``half``) bfloat16 as integers of 16 bits, zeros after it; return what a one of them stands for.
+    """Write a row of float32 or (``half``) bfloat16 as integers of 16 bits, zeros after it.
 
-    NaN or infinity makes that NaN.
+    Returns:
+        What a one of them stands for; NaN if there is NaN or infinity in the row.
     """
     largest, odd = splat(0.0), splat(0.0)
     for k in range(0, length, LANES):
@@ -132,14 +133,14 @@ def dot4(x, codes, scales, blocks):
     a = b = splat(0.0)
     for _ in range(blocks):
         prefetch(codes + AHEAD)
-        first, second = load_scales(scales), load_scales(scales + 4)
-        for half in range(HALVES):
-            w = load_words(codes + half * VECTOR)
-            place = x + half * VECTOR
-            a = a + one_plane(top_bits(w, 0, 4), place) * first_scale(first)
-            b = b + one_plane(top_bits(w, 4, 4), place + PLANE) * second_scale(first)
-            a = a + one_plane(top_bits(w, 8, 4), place + 2 * PLANE) * first_scale(second)
-            b = b + one_plane(top_bits(w, 12, 4), place + 3 * PLANE) * second_scale(second)
+        for pair in range(2):  # of planes
+            both = load_scales(scales + 4 * pair)
+            for half in range(HALVES):
+                w = load_words(codes + half * VECTOR)
+                v, w = (top_bits(w, 0, 4), top_bits(w, 4, 4)) if pair == 0 else (top_bits(w, 8, 4), top_bits(w, 12, 4))
+                place = x + 2 * pair * PLANE + half * VECTOR
+                a = a + one_plane(v, place) * first_scale(both)
+                b = b + one_plane(w, place + PLANE) * second_scale(both)
         scales += 8
         codes += BLOCK_BYTES
         x += 4 * PLANE

@@ -51,7 +51,7 @@ def _in_memory(value: float) -> Tensor:
 
 
 def forward(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the normalised rows of ``x``, or of ``x + added``, and what was normalised; see `mambacus.ops.rms_norm`."""
+    """Return the normalised rows of ``x``, or ``x + added``, and what was normalised; see `mambacus.ops.rms_norm`."""
     x, weight = x.contiguous(), weight.contiguous()
     width = weight.shape[0]
     rows = x.numel() // width
