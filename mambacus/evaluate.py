@@ -38,6 +38,10 @@ class Config:
     data_dir: Path | None = opt(None, "read documents from the JSONL files in this folder, offline", metavar="DIR")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = opt("float32", "dtype of the weights", choices=("float32", "bfloat16", "float16"))
+    weights: str | None = opt(
+        None, "int8 or int4: quantise the large matrices, on a CPU; the cost in perplexity is printed",
+        choices=("int8", "int4"),
+    )  # fmt: skip
     seed: int = opt(1234, "seed of the choice of worked examples; lm_eval's default is 1234", least=0, most=MOST_SEED)
     label: str | None = opt(None, "name of the model in reports; default: from --model and --adapter", metavar="NAME")
     implementation: str = opt("auto", "auto: ours for Mamba, else transformers", choices=("auto", "mambacus", "hf"))
@@ -70,6 +74,7 @@ def run(config: Config) -> Record:
 
     from mambacus.evals.catalogue import load_tasks, same_examples
     from mambacus.evals.processes import Processes, summed
+    from mambacus.models.quantised import quantisation_record
     from mambacus.runtime.device import resolve_device
 
     processes = Processes(resolve_device(config.device))
@@ -106,6 +111,8 @@ def run(config: Config) -> Record:
         "seconds": {"answering": round(sum(answering), 3)},
         "fewshot_split": {task.config.task: _fewshot_split(task) for task in tasks if task.config.num_fewshot},
     }
+    if config.weights:
+        results["quantisation"] = quantisation_record(model.model)
     items = items_path(config.out)
     write_jsonl_atomic(items, _items(found["samples"]))
     record = stopwatch.record("evaluate", _label(config), config, results, items_file=items.name)
@@ -122,6 +129,8 @@ def _model(config: Config, device: Any) -> Any:
     if choose_implementation(config.model, config.implementation) == "hf":
         if config.state:
             raise UserError(f"--state {config.state}: states are Mamba's; {config.model} is run by transformers")
+        if config.weights:
+            raise UserError(f"--weights {config.weights}: for our Mamba models; {config.model} is run by transformers")
         from lm_eval.models.huggingface import HFLM
 
         from mambacus.evals.catalogue import quiet
@@ -134,7 +143,9 @@ def _model(config: Config, device: Any) -> Any:
     from mambacus.evals.harness import MAX_LENGTH, MambacusLM
     from mambacus.models import load
 
-    model, tokenizer = load(config.model, device, dtype, config.adapter, data_dir=config.data_dir)
+    model, tokenizer = load(
+        config.model, device, dtype, config.adapter, weights=config.weights, data_dir=config.data_dir
+    )
     if tokenizer is None:
         raise UserError(f"model {config.model!r}: no tokenizer; give --data-dir with tokenizer/20B_tokenizer.json")
     if config.state:

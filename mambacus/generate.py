@@ -38,6 +38,10 @@ class Config(SamplingFlags):
     prefill_tokens: int = opt(4096, help="prompt tokens read at once", least=1)
     device: str = opt("auto", help="auto, cpu, cuda or cuda:N")
     dtype: str = opt("float32", help="dtype of the weights", choices=("float32", "bfloat16", "float16"))
+    weights: str | None = opt(
+        None, help="int8 or int4: quantise the large matrices, on a CPU; the cost in perplexity is printed",
+        choices=("int8", "int4"),
+    )  # fmt: skip
     tokenizer: str | None = opt(None, help="tokenizer folder or file instead of the model's", metavar="PATH")
     data_dir: Path | None = opt(None, help="data folder with tokenizer/20B_tokenizer.json", metavar="DIR")
     out: Path | None = opt(None, help="write the record here; with --prompts, completions as .jsonl", metavar="FILE")
@@ -75,8 +79,9 @@ def run(config: Config, tell: Callable[[str], object] | None = None) -> Record:
     params = SamplingParams(**config.options(), n=config.samples, logprobs=config.logprobs)
     prompt = None if config.prompt is None else _prompt(config.prompt)
     model, tokenizer = load(
-        config.model, device, dtype, config.adapter, tokenizer=config.tokenizer, data_dir=config.data_dir
-    )
+        config.model, device, dtype, config.adapter, weights=config.weights, tokenizer=config.tokenizer,
+        data_dir=config.data_dir,
+    )  # fmt: skip
     before = read_state(config.state, model, tokenizer) if config.state else None
     engine = Engine(model, tokenizer, batch_size=config.batch_size, prefill_tokens=config.prefill_tokens)
     if config.prompts:
@@ -91,6 +96,8 @@ def run(config: Config, tell: Callable[[str], object] | None = None) -> Record:
         "tokens_per_second": engine.stats.tokens_per_second,
         "peak_memory_bytes": peak_memory_bytes(device),
     }
+    if config.weights:
+        results["quantisation"] = dataclasses.asdict(model.quantisation)
     record = watch.record("generate", config.model, config, results)
     if config.out:
         write_record(config.out.with_suffix(".json") if config.prompts else config.out, record)

@@ -46,6 +46,10 @@ class Config:
     chat_template: Path | None = opt(None, help="Jinja template instead of the tokenizer's own", metavar="FILE")
     device: str = opt("auto", help="auto, cpu, cuda or cuda:N")
     dtype: str = opt("float32", help="dtype of the weights", choices=("float32", "bfloat16", "float16"))
+    weights: str | None = opt(
+        None, help="int8 or int4: quantise the large matrices, on a CPU; the cost in perplexity is printed",
+        choices=("int8", "int4"),
+    )  # fmt: skip
     tokenizer: str | None = opt(None, help="tokenizer folder or file instead of the model's", metavar="PATH")
     data_dir: Path | None = opt(None, help="data folder with tokenizer/20B_tokenizer.json", metavar="DIR")
 
@@ -73,7 +77,7 @@ def build(config: Config) -> tuple[Any, Engine]:
 
     model, tokenizer = load(
         config.model, resolve_device(config.device), resolve_dtype(config.dtype), config.adapter,
-        tokenizer=config.tokenizer, data_dir=config.data_dir,
+        weights=config.weights, tokenizer=config.tokenizer, data_dir=config.data_dir,
     )  # fmt: skip
     primed = PrimedModel(model, read_state(config.state, model, tokenizer).state) if config.state else model
     engine = Engine(

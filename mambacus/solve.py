@@ -55,6 +55,10 @@ class Config:
     data_dir: Path | None = opt(None, "folder of the math sets", metavar="DIR")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = opt("float32", "dtype of the weights", choices=("float32", "bfloat16", "float16"))
+    weights: str | None = opt(
+        None, "int8 or int4: quantise the large matrices, on a CPU; the cost in perplexity is printed",
+        choices=("int8", "int4"),
+    )  # fmt: skip
     seed: int = opt(0, "seed of sampling", least=0, most=MOST_SEED)
     problem_seed: int = opt(0, "seed of the generated wordproblems", least=0, most=MOST_SEED)
     label: str | None = opt(None, "name of the model in reports; default: from --model and --adapter", metavar="NAME")
@@ -75,6 +79,7 @@ def run(config: Config) -> Record:
     claim_file(config.out, overwrite=config.overwrite)
     stopwatch = Stopwatch()
     from mambacus.evals.math import examples, load_problems, prompt, summarise
+    from mambacus.models.quantised import quantisation_record
     from mambacus.prompts.prompt import question_of
 
     if config.style == "program":
@@ -104,6 +109,8 @@ def run(config: Config) -> Record:
     results["prompt_tokens"] = getattr(getattr(engine, "stats", None), "prompt_tokens", None)
     if config.state is not None:  # read by no problem
         results["prompt_tokens_saved"] = int(engine.model.tokens) * sum(map(len, sets.values()))
+    if config.weights:
+        results["quantisation"] = quantisation_record(engine.model)
     record = stopwatch.record("solve", _label(config), config, results, items_file=path.name)
     write_record(config.out, record)
     return record
@@ -135,8 +142,12 @@ def _engine(config: Config) -> Any:
 
     device, dtype = resolve_device(config.device), resolve_dtype(config.dtype)
     if choose_implementation(config.model, config.implementation) == "hf":
+        if config.weights:
+            raise UserError(f"--weights {config.weights}: for our Mamba models; {config.model} is run by transformers")
         return BaselineEngine(*load_baseline(config.model, device, dtype, config.adapter), config.batch_size)
-    model, tokenizer = load(config.model, device, dtype, config.adapter, data_dir=config.data_dir)
+    model, tokenizer = load(
+        config.model, device, dtype, config.adapter, weights=config.weights, data_dir=config.data_dir
+    )
     if tokenizer is None:
         raise UserError(f"model {config.model!r}: no tokenizer; give --data-dir with tokenizer/20B_tokenizer.json")
     return Engine(model, tokenizer, batch_size=config.batch_size)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import bisect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mambacus.models import MambaLM, MambaState
 from mambacus.models.primed import PrimedModel
+from mambacus.ops.tape import Tape
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # batch sizes of recorded steps
+TAPED_ROWS = 4  # most rows of a step on a CPU that is kept as a tape: of more rows the kernels take longer than Python
 _FIRST_ROWS = 4  # rows that memory is made for at first; doubled when they are taken
+
+
+class Taped(NamedTuple):
+    """A recorded step on a CPU, the tokens (rows,) it reads, and the logits (rows, vocabulary) it writes."""
+
+    tape: Tape
+    inputs: Tensor
+    logits: Tensor
 
 
 class Decoder:
@@ -21,8 +31,9 @@ class Decoder:
     Every layer's states lie side by side, so the first n rows of the memory are a batch as they stand: a row that ends
     is replaced by the last one, and no other state moves. On a GPU the memory never moves either, and the step is
     recorded once for each of `BUCKETS` as a CUDA graph, which launches all its kernels at once; rows between n and
-    the bucket's size compute what nobody reads. A model with an adapter attached is stepped without graphs, since the
-    adapter may be changed or switched off between two steps.
+    the bucket's size compute what nobody reads. On a CPU the step of a few rows is recorded as a `Tape`. A model with
+    an adapter attached is stepped without graphs and tapes, since the adapter may be changed or switched off between
+    two steps.
 
     Args:
         model: what is stepped: a `MambaLM` or a ``peft.PeftModel``.
@@ -38,6 +49,9 @@ class Decoder:
         self._pool: MambaState | None = None
         self._graphs_wanted = graphs and self._model is base
         self._graphs: dict[int, tuple[Any, Tensor]] = {}  # bucket -> graph, the logits it writes
+        self._tapes: dict[int, Taped | None] = {}  # rows -> None after the first step
+        self._taped_of: Any = None  # what the tapes depend on, as it was when they were recorded
+        self._parameters: list[nn.Parameter] = []
         self._graph_memory: Any = None  # shared: one step's numbers are read before the next one's are written
         self._input: Tensor | None = None
         self._weights = (0, torch.device("cpu"), torch.float32)
@@ -71,14 +85,50 @@ class Decoder:
         pool = self._room(rows)
         if self._graphs_wanted and tokens.is_cuda:
             return self._replay(tokens)
-        out = self._model(input_ids=tokens[:, None], state=_first(pool, rows), reuse_state=True)
-        pool.tokens[:rows] = out.state.tokens
+        if rows <= TAPED_ROWS and tokens.device.type == "cpu" and self._is_plain():
+            return self._play(tokens, _first(pool, rows))
+        return self._run(tokens[:, None], _first(pool, rows))
+
+    def _play(self, tokens: Tensor, state: MambaState) -> Tensor:
+        """Make the step from its tape: the first step of a size runs freely, the second is recorded."""
+        base, rows = self._base, len(tokens)
+        if self._taped_of != self._made_of():
+            self._parameters, self._tapes = list(base.parameters()), {}
+            self._taped_of = self._made_of()
+        if rows not in self._tapes:
+            self._tapes[rows] = None
+            return self._run(tokens[:, None], state)
+        taped = self._tapes[rows]
+        if taped is None:
+            inputs = tokens.clone()
+            tape, logits = Tape.record(lambda: self._run(inputs[:, None], state))
+            self._tapes[rows] = Taped(tape, inputs, logits)
+            return logits.clone()
+        taped.inputs.copy_(tokens)
+        taped.tape.replay()
+        return taped.logits.clone()
+
+    def _is_plain(self) -> bool:
+        """Tell whether the step is nothing but the model's own: no adapter, and no one else's code in or around it."""
+        base = self._base
+        own = type(base) is MambaLM and "forward" not in vars(base)
+        return own and self._model is base and base.adapter is None and not base._forward_hooks
+
+    def _made_of(self) -> Any:
+        """Return what tapes depend on: where parameters lie, and A_log, of which the model keeps what it computes."""
+        mixers: list[Any] = [layer.mixer for layer in self._base.backbone.layers]
+        versions = [mixer.A_log._version for mixer in mixers]
+        return self._base.quantisation, mixers[0].backend, versions, [p.data_ptr() for p in self._parameters]
+
+    def _run(self, tokens: Tensor, state: MambaState) -> Tensor:
+        out = self._model(input_ids=tokens, state=state, reuse_state=True)
+        state.tokens.copy_(out.state.tokens)
         logits: Tensor = out.logits[:, 0]
         return logits
 
     def _room(self, rows: int) -> MambaState:
         """Return memory for at least ``rows`` rows of the model as it is now."""
-        weight = self._base.backbone.embeddings.weight
+        weight = self._base.backbone.norm_f.weight  # no adapter and no quantisation replaces it
         weights = (weight.data_ptr(), weight.device, weight.dtype)
         if self._pool is not None and self._pool.batch >= rows and weights == self._weights:
             return self._pool
@@ -92,6 +142,7 @@ class Decoder:
             pool.tokens[:kept] = self._pool.tokens
         self._pool, self._weights = pool, weights
         self._graphs.clear()
+        self._tapes.clear()
         self._input = torch.zeros(size, dtype=torch.int64, device=weight.device) if weight.is_cuda else None
         return pool
 

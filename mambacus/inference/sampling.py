@@ -120,14 +120,17 @@ def choose_tokens(logits: Tensor, params: SamplingParams, draws: Tensor | None, 
         return token.masked_fill(highest.isnan(), -1)
     assert draws is not None
     # The highest logit becomes 0 before the division: a tiny temperature must not make infinities of them all.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / max(params.temperature, _LEAST_TEMPERATURE)
+    logits = logits - logits.amax(-1, keepdim=True)
+    temperature = max(params.temperature, _LEAST_TEMPERATURE)
     if params.top_k or params.top_p < 1 or params.min_p > 0:
         k = min(params.top_k or logits.shape[-1], logits.shape[-1])
-        probabilities, tokens = torch.softmax(scaled, dim=-1).topk(k, dim=-1)  # likeliest first
-        highest, place = (_truncate(probabilities, params).log() + _noise(draws, tokens)).max(-1)
+        logits, tokens = logits.topk(k, dim=-1)  # likeliest first
+        probabilities = _truncate(torch.softmax(logits / temperature, dim=-1), params)
+        highest, place = (probabilities.log() + _noise(draws, tokens)).max(-1)
         token = tokens.gather(-1, place[:, None]).squeeze(-1)
     else:
-        highest, token = (scaled + _noise(draws, torch.arange(logits.shape[-1], device=logits.device))).max(-1)
+        noise = _noise(draws, torch.arange(logits.shape[-1], device=logits.device))
+        highest, token = (logits / temperature + noise).max(-1)
     return token.masked_fill(highest.isnan() | (highest == -torch.inf), -1)
 
 

@@ -57,6 +57,8 @@ def save(
         raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     if not isinstance(model, MambaLM):
         raise UserError(f"save: expected a MambaLM, got a {type(model).__name__}; merge adapters first")
+    if model.quantisation is not None:
+        raise UserError(f"save: the model's weights are {model.quantisation.format}; save the model they came from")
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     foreign = sorted(set(tensors) - set(_expected(model.config)))
     if foreign:

@@ -45,6 +45,7 @@ from mambacus.ops import (
     selective_scan,
     selective_state_update,
 )
+from mambacus.ops.dispatch import runs_eagerly_on_cpu
 
 IGNORE_INDEX = -100
 
@@ -165,6 +166,7 @@ class MambaMixer(_KeepsFloat32):
         self.D = nn.Parameter(torch.empty(d_inner))
         self.out_proj = Linear(d_inner, config.d_model, bias=config.use_bias)
         self.offset: nn.Module | None = None  # an adapter: what it gives for C and z is added to the gated output
+        self._decay: tuple[Tensor, tuple[int, int], Tensor] | None = None  # A_log, where and which version, A
 
     def forward(
         self,
@@ -179,11 +181,12 @@ class MambaMixer(_KeepsFloat32):
         x, conv_state = self.conv1d(x, seq_idx, conv_state, reuse_state)
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
         bias = None
-        if dt.is_cuda and isinstance(self.dt_proj, StepProjection):  # an adapter's layer gives the whole step
+        later = dt.is_cuda or not torch.is_grad_enabled()  # else delta is float32, for its gradient
+        if later and isinstance(self.dt_proj, StepProjection):  # an adapter's layer gives the whole step
             delta, bias = self.dt_proj(dt, later=True)
         else:
             delta = self.dt_proj(dt)  # (batch, seqlen, d_inner)
-        A = -torch.exp(self.A_log)
+        A = self.decay()  # (d_inner, d_state)
         if ssm_state is not None and seq_idx is None and x.shape[1] == 1:
             x, delta, B, C, z = (tensor.squeeze(1) for tensor in (x, delta, B, C, z))  # (batch, ...)
             out = ssm_state if reuse_state else None
@@ -199,6 +202,16 @@ class MambaMixer(_KeepsFloat32):
         if self.offset is not None:
             y = y + self.offset(C, z).view_as(y)
         return self.out_proj(y), conv_state, ssm_state  # (batch, seqlen, d_model)
+
+    def decay(self) -> Tensor:
+        """Return A = -exp(A_log); where no gradient is wanted on a CPU, it is kept until A_log changes."""
+        A_log = self.A_log
+        if torch.is_grad_enabled() or A_log.is_inference() or not runs_eagerly_on_cpu(A_log):
+            return -torch.exp(A_log)
+        source = (A_log.data_ptr(), A_log._version)
+        if self._decay is None or self._decay[0] is not A_log or self._decay[1] != source:
+            self._decay = (A_log, source, -torch.exp(A_log))
+        return self._decay[2]
 
     @torch.no_grad()
     def init_weights(self, config: MambaConfig) -> None:
@@ -303,6 +316,7 @@ class MambaLM(nn.Module):
         name_or_path: where the weights came from; adapters record it as their base.
         adapter: which adapter of `mambacus.models.ssm_adapters` sits on the model, None for none.
         beginning: that adapter's learned state of a document's beginning, None for zeros.
+        quantisation: what `mambacus.models.quantised` did to the weights, None for nothing.
     """
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012 -- read by PEFT
@@ -314,6 +328,7 @@ class MambaLM(nn.Module):
         self.name_or_path = ""
         self.adapter: Any = None
         self.beginning: Any = None
+        self.quantisation: Any = None
         self.backbone = Backbone(config)
         self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
         self.tie_weights()
@@ -346,13 +361,13 @@ class MambaLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the embeddings."""
-        return self.backbone.embeddings.weight.device
+        """Device of the weights."""
+        return self.backbone.norm_f.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights, apart from ``A_log``, ``D`` and ``dt_proj.bias`` which are at least float32."""
-        return self.backbone.embeddings.weight.dtype
+        return self.backbone.norm_f.weight.dtype
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding module (the name PEFT calls)."""

@@ -76,4 +76,4 @@ def mismatch(stored: Signature, model: nn.Module) -> str | None:
 
 def _rounding(dtype: torch.dtype) -> float:
     """Largest relative change of a float32 value that is stored in ``dtype``, with a margin of two."""
-    return 1e-6 if dtype.itemsize >= 4 else 2 * torch.finfo(dtype).eps
+    return 1e-6 if dtype.itemsize >= 4 or not dtype.is_floating_point else 2 * torch.finfo(dtype).eps

@@ -4,6 +4,7 @@ from mambacus.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from mambacus.ops.cross_entropy import linear_cross_entropy
 from mambacus.ops.halves import halves
 from mambacus.ops.linear import Linear, linear
+from mambacus.ops.quantised_linear import quantised_linear, quantised_rows
 from mambacus.ops.rms_norm import add_rms_norm, rms_norm
 from mambacus.ops.selective_scan import selective_scan, selective_state_update
 
@@ -15,6 +16,8 @@ __all__ = [
     "halves",
     "linear",
     "linear_cross_entropy",
+    "quantised_linear",
+    "quantised_rows",
     "rms_norm",
     "selective_scan",
     "selective_state_update",

@@ -23,8 +23,10 @@ from mambacus.ops.simd import (
     splat,
     store,
     store_bfloat16,
+    store_bfloat16_float,
     store_float,
 )
+from mambacus.ops.threads import Kernel
 
 
 class View(NamedTuple):
@@ -40,6 +42,7 @@ class View(NamedTuple):
 
 
 VIEW_FIELDS = 4
+COPIED_BY_KERNEL = 1 << 16  # most numbers of such a copy
 _ABSENT = (0, 0, 0, 0)
 
 
@@ -87,6 +90,23 @@ def write(target, b, t, channel, value):
         store_bfloat16(address + 2 * channel, value)
     else:
         store(address + 4 * channel, value)
+
+
+@njit
+def read_numbers(address, first, half):
+    """Return the vector from number ``first`` on of bfloat16 (``half``) or float32 at an address, as float32."""
+    if half:
+        return load_bfloat16(address + 2 * first)
+    return load(address + 4 * first)
+
+
+@njit
+def write_number(address, index, value, half):
+    """Write one float to place ``index`` of bfloat16 (``half``) or float32 numbers at an address."""
+    if half:
+        store_bfloat16_float(address + 2 * index, value)
+    else:
+        store_float(address + 4 * index, value)
 
 
 @njit
@@ -143,9 +163,32 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+@Kernel
+def convert_kernel(p, thread, threads):
+    """Copy numbers from one dtype to another; one thread does it."""
+    count, source, source_half, target, target_half = p[0], p[1], p[2], p[3], p[4]
+    for k in range(0, count, LANES):
+        value = read_numbers(source, k, source_half)
+        if target_half:
+            store_bfloat16(target + 2 * k, value)
+        else:
+            store(target + 4 * k, value)
+
+
+def copy(source: Tensor, target: Tensor) -> Tensor:
+    """Copy ``source`` into ``target`` and return that; the few numbers of a token by a kernel, which tapes can join."""
+    tensors = (source, target)
+    known = all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in tensors)
+    if not known or source.shape != target.shape or source.numel() > COPIED_BY_KERNEL or source.numel() % LANES:
+        return target.copy_(source)
+    halves = [int(t.dtype == torch.bfloat16) for t in tensors]
+    convert_kernel((source.numel(), source.data_ptr(), halves[0], target.data_ptr(), halves[1]), 1)
+    return target
+
+
 def floats(tensor: Tensor) -> Tensor:
     """Return ``tensor`` as contiguous float32."""
-    return tensor if is_floats(tensor) else tensor.to(torch.float32).contiguous()
+    return tensor if is_floats(tensor) else copy(tensor, new(*tensor.shape))
 
 
 def is_floats(tensor: Tensor) -> bool:

@@ -145,6 +145,16 @@ def load_int(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic
+def load_int64(typing_context: Any, address: Any) -> Any:
+    """Read one int64."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.load(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), align=8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
 def store_float(typing_context: Any, address: Any, value: Any) -> Any:
     """Write one float32."""
 
@@ -216,6 +226,21 @@ def store_bfloat16(typing_context: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
+def store_bfloat16_float(typing_context: Any, address: Any, value: Any) -> Any:
+    """Write one float32 as bfloat16, rounded as `store_bfloat16` does."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        upper = builder.extract_element(
+            _upper_halves(builder, _splat(builder, args[1])), ir.Constant(ir.IntType(32), 0)
+        )
+        pointer = builder.inttoptr(args[0], ir.IntType(16).as_pointer())
+        builder.store(builder.trunc(upper, ir.IntType(16)), pointer, align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), generate
+
+
+@intrinsic
 def round_bfloat16(typing_context: Any, value: Any) -> Any:
     """Return ``value`` as bfloat16 would keep it."""
 
@@ -235,6 +260,18 @@ def total(typing_context: Any, value: Any) -> Any:
         function = cgutils.get_or_insert_function(builder.module, function_type, name)
         zero = ir.Constant(ir.FloatType(), -0.0)
         return builder.call(function, [zero, args[0]], fastmath=("reassoc",))  # a fixed tree, not lane after lane
+
+    return types.float32(vector), generate
+
+
+@intrinsic
+def greatest(typing_context: Any, value: Any) -> Any:
+    """Return the greatest lane as a float32; NaN is passed over."""
+
+    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        function_type = ir.FunctionType(ir.FloatType(), [_FLOATS])
+        name = f"llvm.vector.reduce.fmax.v{LANES}f32"
+        return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [args[0]])
 
     return types.float32(vector), generate
 

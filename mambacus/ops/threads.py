@@ -8,6 +8,7 @@ compiled function that is told which share of the tasks is its own; torch's Open
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,10 +17,10 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from llvmlite import ir
@@ -28,6 +29,7 @@ from numba.extending import intrinsic
 
 _SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
 _COMPILING = threading.Lock()
+_local = threading.local()  # calls: where this thread's kernel calls are recorded, None or absent for nowhere
 WORTH_A_THREAD = 30_000  # nanoseconds of work for which it pays to wake another thread
 
 
@@ -52,6 +54,13 @@ class Kernel:
         if self._entry is None:
             self._compile()
         frame = array.array("q", arguments)
+        calls = getattr(_local, "calls", None)
+        if calls is not None:
+            calls.append(Call(self, self._address, frame, threads))
+        self.run(frame, threads)
+
+    def run(self, frame: array.array[int], threads: int) -> None:
+        """Run on arguments that are in memory already."""
         address = frame.buffer_info()[0]
         if threads == 1:
             self._entry(address, 0, 1)
@@ -67,6 +76,49 @@ class Kernel:
             self._address = compiled.address
             prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
             self._entry = prototype(compiled.address)
+
+
+class Call(NamedTuple):
+    """One call of a kernel: its machine code, its arguments, its threads."""
+
+    kernel: Kernel
+    address: int
+    frame: array.array[int]
+    threads: int
+
+
+@contextlib.contextmanager
+def recording(calls: list[Call]) -> Iterator[None]:
+    """Append the kernel calls of this thread to ``calls`` as they are made."""
+    _local.calls = calls
+    try:
+        yield
+    finally:
+        _local.calls = None
+
+
+def run_calls(calls: Sequence[Call]) -> Callable[[], None]:
+    """Return a function that makes the calls again, one after the other, on threads that are started once."""
+    start = _openmp()
+    if start is None:
+        kept = list(calls)
+
+        def run_apart() -> None:
+            for call in kept:
+                call.kernel.run(call.frame, call.threads)
+
+        return run_apart
+    program = array.array("q", [len(calls)])
+    for call in calls:
+        program.extend((call.address, call.frame.buffer_info()[0], call.threads))
+    address, threads = program.buffer_info()[0], max(call.threads for call in calls)
+    entry = _program().address
+    keep = (program, [call.frame for call in calls])
+
+    def run(kept: Any = keep) -> None:
+        start(entry, address, threads, 0)
+
+    return run
 
 
 def thread_count(tasks: int, nanoseconds: float) -> int:
@@ -96,7 +148,7 @@ def _cache_directory() -> Path:
     """
     here = Path(__file__).parent
     digest = hashlib.sha256(sys.version.encode())
-    for source in sorted([*here.glob("*.py"), *here.glob("*/cpu.py")]):
+    for source in sorted([*here.glob("*.py"), *here.glob("*/*.py")]):
         digest.update(source.read_bytes())
     try:
         home = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -158,3 +210,23 @@ def _run_share(p):  # type: ignore[no-untyped-def]
 def _team() -> Any:
     """Return the compiled function that every thread of the team enters."""
     return _compile(types.void(types.CPointer(types.int64)), _run_share)
+
+
+_barrier = types.ExternalFunction("GOMP_barrier", types.void())
+
+
+def _run_program(p):  # type: ignore[no-untyped-def]
+    thread, team = types.int64(_thread_number()), types.int64(_team_size())
+    for i in range(p[0]):
+        threads = min(p[3 * i + 3], team)
+        if thread < threads:
+            _call(p[3 * i + 1], p[3 * i + 2], thread, threads)
+        alone = threads == 1 and i + 1 < p[0] and p[3 * i + 6] == 1  # nobody waits for the next call
+        if not alone:
+            _barrier()
+
+
+@functools.cache
+def _program() -> Any:
+    """Return the compiled function in which every thread of the team makes its part of all calls."""
+    return _compile(types.void(types.CPointer(types.int64)), _run_program)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from mambacus.inference import Completion, Engine, Piece, SamplingParams
 from mambacus.inference.sampling import choose_tokens
@@ -37,10 +38,10 @@ def test_a_tiny_temperature_is_greedy(temperature: float, scale: float) -> None:
 
 
 def test_a_huge_temperature_is_uniform_and_filters_still_hold() -> None:
-    logits = torch.arange(8.0).expand(800, 8)
-    draws = (torch.arange(800, dtype=torch.float64) + 0.5) / 800
+    logits = torch.arange(8.0).expand(8000, 8)
+    draws = (torch.arange(8000, dtype=torch.float64) + 0.5) / 8000
     tokens = choose_tokens(logits, SamplingParams(temperature=1e30), draws)
-    assert torch.bincount(tokens, minlength=8).tolist() == [100] * 8
+    assert chisquare(torch.bincount(tokens, minlength=8)).pvalue > 1e-4
     tokens = choose_tokens(logits, SamplingParams(temperature=1e30, top_k=1), draws)
     assert set(tokens.tolist()) == {7}
     assert set(choose_tokens(logits, SamplingParams(temperature=1.0, min_p=1.0), draws).tolist()) == {7}

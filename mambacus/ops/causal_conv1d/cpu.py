@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mambacus.ops.causal_conv1d.cpu_kernels import GROUP, VECTORS, conv_backward, conv_forward, conv_update
-from mambacus.ops.rows import address, channel_rows, document_ids, is_floats, new, readable, view
+from mambacus.ops.rows import address, channel_rows, copy, document_ids, is_floats, new, readable, view
 from mambacus.ops.simd import LANES
 from mambacus.ops.threads import thread_count
 
@@ -111,4 +111,4 @@ def update(
         y, new_state = y[:, :channels].contiguous(), new_state[:, :channels].contiguous()
     if out is None:
         return y.to(given), new_state.to(given)
-    return y.to(given), out if new_state is out else out.copy_(new_state)
+    return y.to(given), out if new_state is out else copy(new_state, out)

@@ -43,10 +43,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if rows <= FEW_ROWS:
         from mambacus.ops.linear.cpu import few_rows  # numba loads where it is needed
 
-        y = few_rows(x, weight)
-        if bias is not None:
-            y += bias
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
+        if bias is None:
+            return few_rows(x, weight, x.dtype)
+        return few_rows(x, weight).add_(bias).to(x.dtype)
     if x.dtype == torch.bfloat16 and not _multiplies_bfloat16():
         return _multiply_in_float32(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -45,13 +45,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if _runs_on_gpu(x, weight):
         return _normalise(x, None, weight, eps)[0]
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    fits = x.shape[-1:] == weight.shape and weight.shape[0] % _VECTOR == 0 and x.numel() > 0
-    known = x.dtype in _KERNEL_DTYPES and weight.dtype in _KERNEL_DTYPES
-    if fits and known and not needs_grad and runs_eagerly_on_cpu(x):
+    if _runs_on_cpu(x, weight):
         from mambacus.ops.rms_norm.cpu import forward  # numba loads where it is needed
 
-        return forward(x, weight, eps)
+        return forward(x, weight, eps)[0]
     if x.dtype == weight.dtype and x.dtype.itemsize >= 4:
         return F.rms_norm(x, weight.shape, weight, eps)
     normed = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), weight.shape, eps=eps)
@@ -59,7 +56,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return ``rms_norm(x + added, weight, eps)`` and ``x + added``, on an NVIDIA GPU in one pass.
+    """Return ``rms_norm(x + added, weight, eps)`` and ``x + added``, by the own kernels in one pass.
 
     Args:
         x: (..., width), the residual stream.
@@ -73,6 +70,10 @@ def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[
     same = x.shape == added.shape and torch.promote_types(x.dtype, added.dtype) == x.dtype
     if same and _runs_on_gpu(x, weight, added):
         return _normalise(x, added, weight, eps)
+    if same and _runs_on_cpu(x, weight, added):
+        from mambacus.ops.rms_norm.cpu import forward
+
+        return forward(x, weight, eps, added)
     total = x + added
     return rms_norm(total, weight, eps), total
 
@@ -83,6 +84,15 @@ def _runs_on_gpu(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
     from mambacus.ops.rms_norm.gpu import obstacle
 
     return obstacle(x, weight, *others) is None
+
+
+def _runs_on_cpu(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
+    if not runs_eagerly_on_cpu(x) or x.shape[-1:] != weight.shape or weight.shape[0] % _VECTOR or x.numel() == 0:
+        return False
+    tensors = (x, weight, *others)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return all(tensor.dtype in _KERNEL_DTYPES for tensor in tensors)
 
 
 def _normalise(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambacus.ops.rows import address, channel_rows, document_ids, floats, is_floats, new, readable, view
+from mambacus.ops.rows import address, channel_rows, copy, document_ids, floats, is_floats, new, readable, view
 from mambacus.ops.selective_scan.cpu_kernels import (
     BACKWARD_BLOCKS,
     CHUNK,
@@ -184,5 +184,5 @@ def update(
     if not whole:
         y, new_state = y[:, :channels].contiguous(), new_state[:, :channels, :d_state].contiguous()
     if out is not None and new_state is not out:
-        new_state = out.copy_(new_state)
+        new_state = copy(new_state, out)
     return y.to(given), new_state

@@ -1,0 +1,317 @@
+"""Products with quantised weights on a CPU: each weight is read once, unpacked in registers, multiplied as an integer.
+
+Inputs become integers of 16 bits with one scale a row, so that their rounding is far below that of the weights.
+"""
+
+# mypy: allow-untyped-defs
+# (numba infers the types of compiled functions)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numba import njit
+from torch import Tensor
+
+from mambacus.ops.integer_simd import (
+    add_ints,
+    first_scale,
+    half_to_floats,
+    load_scales,
+    load_words,
+    multiply_pairs,
+    second_scale,
+    store_rounded,
+    to_floats,
+    top_bits,
+)
+from mambacus.ops.quantised_linear.packing import BLOCK_BYTES, WORDS, Packed
+from mambacus.ops.rows import new, read_numbers, write_number
+from mambacus.ops.simd import (
+    LANES,
+    VECTOR,
+    absolute,
+    greatest,
+    load_float,
+    load_int64,
+    prefetch,
+    splat,
+    store,
+    store_float,
+    total,
+    where_negative,
+)
+from mambacus.ops.threads import Kernel, thread_count
+
+OUTPUTS = 16  # outputs of one task
+AHEAD = 2048  # bytes from the weights being read to those asked for
+TILE = 4  # rows of x for which weights are unpacked once
+NANOSECONDS_PER_BYTE = 0.08  # of one thread, to read weights
+NANOSECONDS_PER_PRODUCT = 0.02
+NANOSECONDS_PER_WEIGHT = 0.1  # to unpack
+HALVES = WORDS // (2 * LANES)  # vectors in a block
+PLANE = 2 * WORDS  # bytes of the inputs that belong to one plane of a block
+LARGEST = np.float32(16383.0)  # of the rounded inputs: sums of products stay below 2**31
+LEAST = np.float32(1e-30)  # rows whose inputs are all smaller count as zeros
+
+
+@njit
+def round_row(x, target, length, padded, half):
+    """Write a row of float32 or (``half``) bfloat16 as integers of 16 bits, zeros after it.
+
+    Returns:
+        What a one of them stands for; NaN if there is NaN or infinity in the row.
+    """
+    largest, odd = splat(0.0), splat(0.0)
+    for k in range(0, length, LANES):
+        value = read_numbers(x, k, half)
+        odd = odd + value * np.float32(0.0)
+        size = absolute(value)
+        largest = where_negative(largest - size, size, largest)
+    most = greatest(largest)
+    inverse = LARGEST / most if most > LEAST else np.float32(0.0)
+    for k in range(0, length, LANES):
+        store_rounded(target + 2 * k, read_numbers(x, k, half) * inverse)
+    for k in range(length, padded, LANES):
+        store_rounded(target + 2 * k, splat(0.0))
+    return most / LARGEST + total(odd)
+
+
+@njit
+def one_plane(w, x):
+    """Return the products of a plane of weights and its inputs, summed in pairs, as float32."""
+    return to_floats(multiply_pairs(w, load_words(x)))
+
+
+@njit
+def two_planes(v, w, x):
+    """Return the sums over two planes of weights and their inputs as float32; both have the same scale."""
+    return to_floats(add_ints(multiply_pairs(v, load_words(x)), multiply_pairs(w, load_words(x + PLANE))))
+
+
+@njit
+def dot8(x, codes, scales, blocks):
+    """Return the product of one rounded row of x and one row of int8 weights."""
+    a = splat(0.0)
+    for block in range(blocks):
+        prefetch(codes + AHEAD)
+        scale = first_scale(load_scales(scales + 2 * block))
+        for half in range(HALVES):  # apart: their sum could be too large for 32 bits
+            w = load_words(codes + half * VECTOR)
+            a = a + two_planes(top_bits(w, 0, 8), top_bits(w, 8, 8), x + half * VECTOR) * scale
+        codes += BLOCK_BYTES
+        x += 2 * PLANE
+    return total(a)
+
+
+@njit
+def tile8(x, x_row, codes, scales, blocks):
+    """Return what `dot8` does for four rows of x."""
+    a = b = c = d = splat(0.0)
+    for block in range(blocks):
+        prefetch(codes + AHEAD)
+        scale = first_scale(load_scales(scales + 2 * block))
+        for half in range(HALVES):
+            w = load_words(codes + half * VECTOR)
+            first, second = top_bits(w, 0, 8), top_bits(w, 8, 8)
+            place = x + half * VECTOR
+            a = a + two_planes(first, second, place) * scale
+            b = b + two_planes(first, second, place + x_row) * scale
+            c = c + two_planes(first, second, place + 2 * x_row) * scale
+            d = d + two_planes(first, second, place + 3 * x_row) * scale
+        codes += BLOCK_BYTES
+        x += 2 * PLANE
+    return total(a), total(b), total(c), total(d)
+
+
+@njit
+def dot4(x, codes, scales, blocks):
+    """Return the product of one rounded row of x and one row of int4 weights; two sums keep the pipelines busy."""
+    a = b = splat(0.0)
+    for _ in range(blocks):
+        prefetch(codes + AHEAD)
+        for pair in range(2):  # of planes
+            both = load_scales(scales + 4 * pair)
+            for half in range(HALVES):
+                w = load_words(codes + half * VECTOR)
+                v, w = (top_bits(w, 0, 4), top_bits(w, 4, 4)) if pair == 0 else (top_bits(w, 8, 4), top_bits(w, 12, 4))
+                place = x + 2 * pair * PLANE + half * VECTOR
+                a = a + one_plane(v, place) * first_scale(both)
+                b = b + one_plane(w, place + PLANE) * second_scale(both)
+        scales += 8
+        codes += BLOCK_BYTES
+        x += 4 * PLANE
+    return total(a + b)
+
+
+@njit
+def tile4(x, x_row, codes, scales, blocks):
+    """Return what `dot4` does for four rows of x."""
+    a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = splat(0.0)
+    for _ in range(blocks):
+        prefetch(codes + AHEAD)
+        for pair in range(2):  # of planes
+            both = load_scales(scales + 4 * pair)
+            first, second = first_scale(both), second_scale(both)
+            for half in range(HALVES):
+                w = load_words(codes + half * VECTOR)
+                v, w = (top_bits(w, 0, 4), top_bits(w, 4, 4)) if pair == 0 else (top_bits(w, 8, 4), top_bits(w, 12, 4))
+                place = x + 2 * pair * PLANE + half * VECTOR
+                a0, a1 = a0 + one_plane(v, place) * first, a1 + one_plane(w, place + PLANE) * second
+                place += x_row
+                b0, b1 = b0 + one_plane(v, place) * first, b1 + one_plane(w, place + PLANE) * second
+                place += x_row
+                c0, c1 = c0 + one_plane(v, place) * first, c1 + one_plane(w, place + PLANE) * second
+                place += x_row
+                d0, d1 = d0 + one_plane(v, place) * first, d1 + one_plane(w, place + PLANE) * second
+        scales += 8
+        codes += BLOCK_BYTES
+        x += 4 * PLANE
+    return total(a0 + a1), total(b0 + b1), total(c0 + c1), total(d0 + d1)
+
+
+class Task(NamedTuple):
+    """The arguments of the kernel: sizes, addresses of memory, and what follows from them.
+
+    ``rounded`` holds, for each thread, the rows of x as integers of 16 bits and then what a one of each stands for.
+    """
+
+    rows: int
+    outputs: int
+    blocks: int  # in a row of weights
+    length: int  # of a row of x
+    bits: int
+    x: int
+    codes: int
+    scales: int
+    y: int
+    rounded: int
+    x_half: int  # 1 for bfloat16, 0 for float32
+    y_half: int
+
+
+@njit
+def read_task(p):
+    """Return the arguments at an address."""
+    return Task(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11])
+
+
+@njit
+def compute_output(task, x, x_row, steps, n, eight):
+    """Compute output ``n`` of every row from the rounded rows at ``x`` and what their numbers stand for."""
+    codes = task.codes + n * task.blocks * BLOCK_BYTES
+    scales = task.scales + 2 * n * task.blocks * (1 if eight else 4)
+    y, half, width = task.y, task.y_half, task.outputs
+    tiled = task.rows - task.rows % TILE
+    for m in range(0, tiled, TILE):
+        place = x + m * x_row
+        if eight:
+            a, b, c, d = tile8(place, x_row, codes, scales, task.blocks)
+        else:
+            a, b, c, d = tile4(place, x_row, codes, scales, task.blocks)
+        write_number(y, m * width + n, a * load_float(steps + 4 * m), half)
+        write_number(y, (m + 1) * width + n, b * load_float(steps + 4 * m + 4), half)
+        write_number(y, (m + 2) * width + n, c * load_float(steps + 4 * m + 8), half)
+        write_number(y, (m + 3) * width + n, d * load_float(steps + 4 * m + 12), half)
+    for m in range(tiled, task.rows):
+        if eight:
+            product = dot8(x + m * x_row, codes, scales, task.blocks)
+        else:
+            product = dot4(x + m * x_row, codes, scales, task.blocks)
+        write_number(y, m * width + n, product * load_float(steps + 4 * m), half)
+
+
+@Kernel
+def few_rows_kernel(p, thread, threads):
+    """Compute the outputs of this thread; each rounds x for itself, which is quicker than to wait for one another."""
+    task = read_task(p)
+    padded = task.blocks * (BLOCK_BYTES * 8 // task.bits)
+    x_row = 2 * padded
+    x = task.rounded + thread * task.rows * (x_row + 4)
+    steps = x + task.rows * x_row
+    for m in range(task.rows):
+        row = task.x + (2 if task.x_half else 4) * m * task.length
+        step = round_row(row, x + m * x_row, task.length, padded, task.x_half)
+        store_float(steps + 4 * m, step / np.float32(1 << (16 - task.bits)))  # weights stand at the top of their words
+    parts = -(-task.outputs // OUTPUTS)
+    first = parts * thread // threads * OUTPUTS
+    last = min(parts * (thread + 1) // threads * OUTPUTS, task.outputs)  # neighbours: one stream of memory
+    if task.bits == 8:
+        for n in range(first, last):
+            compute_output(task, x, x_row, steps, n, True)
+    else:
+        for n in range(first, last):
+            compute_output(task, x, x_row, steps, n, False)
+
+
+def few_rows(x: Tensor, weight: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return ``x @ weight.T``, summed in float32.
+
+    Args:
+        x: (..., in_features), float32 or bfloat16.
+        weight: (out_features, in_features).
+        dtype: of the result, float32 or bfloat16.
+    """
+    x = x.contiguous()
+    missing = -x.shape[-1] % LANES
+    if missing:
+        x = F.pad(x, (0, missing))
+    outputs, code_words = weight.codes.shape
+    length = x.shape[-1]
+    rows = x.numel() // length
+    y = new(*x.shape[:-1], outputs, dtype=dtype)
+    cost = outputs * code_words * (2 * NANOSECONDS_PER_BYTE + rows * weight.format.planes * NANOSECONDS_PER_PRODUCT)
+    threads = thread_count(-(-outputs // OUTPUTS), cost)
+    rounded = new(threads * rows * (code_words * weight.format.planes + 2), dtype=torch.int16)
+    addresses = (tensor.data_ptr() for tensor in (x, weight.codes, weight.scales, y, rounded))
+    halves = (int(tensor.dtype == torch.bfloat16) for tensor in (x, y))
+    few_rows_kernel((rows, outputs, code_words // WORDS, length, weight.format.bits, *addresses, *halves), threads)
+    return y
+
+
+@njit
+def write_plane(y, w, scale):
+    """Write one plane of weights, which stands at the top of its words, as float32."""
+    store(y, half_to_floats(w, 0) * scale)
+    store(y + VECTOR, half_to_floats(w, 1) * scale)
+
+
+@Kernel
+def unpack_kernel(p, thread, threads):
+    """Write the chosen rows of weights as float32, padding too."""
+    rows, blocks, bits, chosen, codes, scales, y = p[0], p[1], p[2], p[3], p[4], p[5], p[6]
+    planes = 16 // bits
+    shrink = np.float32(1.0) / np.float32(1 << (16 - bits))
+    for task in range(rows * thread // threads, rows * (thread + 1) // threads):
+        row = load_int64(chosen + 8 * task)
+        for block in range(blocks):
+            target = y + 4 * planes * WORDS * (task * blocks + block)
+            place = codes + BLOCK_BYTES * (row * blocks + block)
+            for half in range(HALVES):
+                w = load_words(place + half * VECTOR)
+                at = target + 2 * half * VECTOR
+                if bits == 8:
+                    scale = first_scale(load_scales(scales + 2 * (row * blocks + block))) * shrink
+                    write_plane(at, top_bits(w, 0, 8), scale)
+                    write_plane(at + 2 * PLANE, top_bits(w, 8, 8), scale)
+                else:
+                    pair = load_scales(scales + 8 * (row * blocks + block))
+                    write_plane(at, top_bits(w, 0, 4), first_scale(pair) * shrink)
+                    write_plane(at + 2 * PLANE, top_bits(w, 4, 4), second_scale(pair) * shrink)
+                    pair = load_scales(scales + 8 * (row * blocks + block) + 4)
+                    write_plane(at + 4 * PLANE, top_bits(w, 8, 4), first_scale(pair) * shrink)
+                    write_plane(at + 6 * PLANE, top_bits(w, 12, 4), second_scale(pair) * shrink)
+
+
+def unpack_rows(weight: Packed, rows: Tensor) -> Tensor:
+    """Return rows of weights as float32 (n, in_features), given their numbers, int64 (n,); equal to `unpack`'s."""
+    rows = rows.contiguous()
+    padded = weight.codes.shape[1] * weight.format.planes
+    y = new(len(rows), padded)
+    threads = thread_count(len(rows), len(rows) * padded * NANOSECONDS_PER_WEIGHT)
+    addresses = (tensor.data_ptr() for tensor in (rows, weight.codes, weight.scales, y))
+    unpack_kernel((len(rows), weight.codes.shape[1] // WORDS, weight.format.bits, *addresses), threads)
+    return y if padded == weight.length else y[:, : weight.length]
