@@ -43,6 +43,10 @@ class Config(SamplingFlags):
     save_state: Path | None = opt(None, help="save the conversation here at its end", metavar="FILE")
     device: str = opt("auto", help="auto, cpu, cuda or cuda:N")
     dtype: str = opt("float32", help="dtype of the weights", choices=("float32", "bfloat16", "float16"))
+    weights: str | None = opt(
+        None, help="int8 or int4: quantise the large matrices, on a CPU; the cost in perplexity is printed",
+        choices=("int8", "int4"),
+    )  # fmt: skip
     tokenizer: str | None = opt(None, help="tokenizer folder or file instead of the model's", metavar="PATH")
     data_dir: Path | None = opt(None, help="data folder with tokenizer/20B_tokenizer.json", metavar="DIR")
     out: Path | None = opt(None, help="write the record here", metavar="FILE.json")
@@ -106,7 +110,7 @@ def _conversation(config: Config) -> Conversation:
 
     model, tokenizer = load(
         config.model, resolve_device(config.device), resolve_dtype(config.dtype), config.adapter,
-        tokenizer=config.tokenizer, data_dir=config.data_dir,
+        weights=config.weights, tokenizer=config.tokenizer, data_dir=config.data_dir,
     )  # fmt: skip
     if tokenizer is None:
         raise UserError(f"--model {config.model}: it has no tokenizer")

@@ -22,7 +22,11 @@ METHODS = ("full", "lora")
 LOGITS = ("last", "all")
 DTYPES = ("float32", "bfloat16", "float16", "mixed", "int8", "int4")
 _TORCH_DTYPES = ("float32", "bfloat16", "float16", "mixed")
-DTYPES_OF = {"mambacus": _TORCH_DTYPES, "llama.cpp": ("float32", "bfloat16", "float16", "int8", "int4")}
+QUANTISED = ("int8", "int4")
+DTYPES_OF = {
+    "mambacus": (*_TORCH_DTYPES, *QUANTISED),
+    "llama.cpp": ("float32", "bfloat16", "float16", *QUANTISED),
+}
 _MEMORY_FAULTS = ("out of memory", "allocate memory", "std::bad_alloc", "memoryerror")
 
 
@@ -92,6 +96,8 @@ class Case:
         dtypes = DTYPES_OF.get(self.implementation, _TORCH_DTYPES)
         if self.dtype not in dtypes:
             return f"{self.implementation} is not measured in {self.dtype}, only in {', '.join(dtypes)}"
+        if self.dtype in QUANTISED and (self.benchmark == "train" or self.device != "cpu"):
+            return f"{self.dtype} weights are for inference on a CPU"
         if self.implementation == "llama.cpp":
             if self.benchmark not in ("prefill", "decode", "generate") or self.logits == "all":
                 return f"llama.cpp is measured at prefill (last logits), decode and generate, not at {self.benchmark}"

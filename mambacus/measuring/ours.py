@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from mambacus.inference import Engine, SamplingParams
 from mambacus.inference.decoder import Decoder
-from mambacus.measuring.cases import Case
+from mambacus.measuring.cases import QUANTISED, Case
 from mambacus.measuring.sides import Step
 from mambacus.measuring.timing import captured, model_bytes, prompt_ids, train_step
 from mambacus.models import MambaLM, MambaState, load
+from mambacus.models.quantised import quantise
 from mambacus.runtime.device import resolve_dtype
 from mambacus.tuning.methods import AdapterSettings, find_method
 
@@ -116,12 +117,16 @@ class Ours:
         return None if self._state is None else self._state.conv_state.nbytes + self._state.ssm_state.nbytes
 
     def facts(self) -> dict[str, object]:
-        """Return where LoRA sits."""
+        """Return where LoRA sits, and what quantised weights are multiplied with."""
+        if self.case.dtype in QUANTISED:
+            return {"activations": str(self.model.dtype).removeprefix("torch.")}
         return {"lora_targets": ["in_proj", "out_proj"]} if self.case.method == "lora" else {}
 
 
 def make(case: Case) -> Ours:
     """Return our side of ``case``."""
-    dtype = torch.float32 if case.dtype == "mixed" else resolve_dtype(case.dtype)
+    dtype = torch.float32 if case.dtype in ("mixed", *QUANTISED) else resolve_dtype(case.dtype)
     model, _ = load(f"random:{case.model}", device=case.device, dtype=dtype)
+    if case.dtype in QUANTISED:
+        quantise(model, case.dtype)
     return Ours(case, model)

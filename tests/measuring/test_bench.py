@@ -157,6 +157,7 @@ def test_tokens_counted():
     ("case", "reason"),
     [
         (cases.Case("train", "llama.cpp", "micro", "float32", 1, 8), "not at train"),
+        (cases.Case("train", "mambacus", "micro", "int8", 1, 8), "for inference on a CPU"),
         (cases.Case("decode", "llama.cpp", "micro", "float32", 1, 8, device="cuda"), "on the CPU only"),
         (cases.Case("decode", "transformers", "micro", "int4", 1, 8), "not measured in int4, only in float32"),
         (cases.Case("prefill", "transformers", "micro", "float32", 1, 8, graph=True), "not compiled"),

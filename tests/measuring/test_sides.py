@@ -61,6 +61,15 @@ def test_logits_of_the_last_token_or_of_all():
             assert side.prefill()().shape == (2, rows, 512)
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [("int8", 8), ("int4", 4)])
+def test_our_quantised_weights_are_small(dtype, bits):
+    side = ours.make(Case("decode", "mambacus", "tiny", dtype, 1, 8, new_tokens=2))
+    side.decode()()
+    wide = ours.make(Case("decode", "mambacus", "tiny", "float32", 1, 8, new_tokens=2))
+    assert bits / 32 < side.weights_bytes / wide.weights_bytes < bits / 32 + 0.2  # scales, and what stays float32
+    assert side.read_bytes == side.weights_bytes and side.facts() == {"activations": "float32"}
+
+
 @pytest.mark.slow  # compiles for half a minute each
 @pytest.mark.parametrize("name", ["transformers", "pythia-micro"])
 def test_the_compiled_peer_generates_what_the_eager_one_does(name, monkeypatch):
