@@ -180,7 +180,7 @@ class MambaMixer(_KeepsFloat32):
         x, z = halves(self.in_proj(hidden))  # (batch, seqlen, d_inner) each
         x, conv_state = self.conv1d(x, seq_idx, conv_state, reuse_state)
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
-        # The scan adds the bias, but where delta is float32 for its gradient, or an adapter's layer gives the whole step.
+        # The scan adds the bias, unless delta is float32 for its gradient or an adapter's layer gives the whole step.
         later = (dt.is_cuda or not torch.is_grad_enabled()) and isinstance(self.dt_proj, StepProjection)
         delta, bias = self.dt_proj(dt, later=True) if later else (self.dt_proj(dt), None)  # (batch, seqlen, d_inner)
         A = self.decay()  # (d_inner, d_state)
