@@ -109,10 +109,13 @@ class Decoder:
         return taped.logits.clone()
 
     def _is_plain(self) -> bool:
-        """Tell whether the step is nothing but the model's own: no adapter, and no one else's code in or around it."""
+        """Tell whether the step is nothing but the model's own: no adapter, and no one else's code in or around it.
+
+        Parameters made in inference mode do not tell when they change.
+        """
         base = self._base
-        own = type(base) is MambaLM and "forward" not in vars(base)
-        return own and self._model is base and base.adapter is None and not base._forward_hooks
+        own = type(base) is MambaLM and "forward" not in vars(base) and not base._forward_hooks
+        return own and self._model is base and base.adapter is None and not base.backbone.norm_f.weight.is_inference()
 
     def _made_of(self) -> Any:
         """Return what tapes depend on: where parameters lie, and A_log, of which the model keeps what it computes."""

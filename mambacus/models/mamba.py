@@ -180,12 +180,9 @@ class MambaMixer(_KeepsFloat32):
         x, z = halves(self.in_proj(hidden))  # (batch, seqlen, d_inner) each
         x, conv_state = self.conv1d(x, seq_idx, conv_state, reuse_state)
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
-        bias = None
-        later = dt.is_cuda or not torch.is_grad_enabled()  # else delta is float32, for its gradient
-        if later and isinstance(self.dt_proj, StepProjection):  # an adapter's layer gives the whole step
-            delta, bias = self.dt_proj(dt, later=True)
-        else:
-            delta = self.dt_proj(dt)  # (batch, seqlen, d_inner)
+        # The scan adds the bias, unless delta is float32 for its gradient or an adapter's layer gives the whole step.
+        later = (dt.is_cuda or not torch.is_grad_enabled()) and isinstance(self.dt_proj, StepProjection)
+        delta, bias = self.dt_proj(dt, later=True) if later else (self.dt_proj(dt), None)  # (batch, seqlen, d_inner)
         A = self.decay()  # (d_inner, d_state)
         if ssm_state is not None and seq_idx is None and x.shape[1] == 1:
             x, delta, B, C, z = (tensor.squeeze(1) for tensor in (x, delta, B, C, z))  # (batch, ...)

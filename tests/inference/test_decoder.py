@@ -59,3 +59,13 @@ def test_sees_a_model_that_changed(model: MambaLM, change: Any) -> None:
     with torch.no_grad():
         change(model)
     assert steps(model, decoder, 1) == 0
+
+
+def test_what_cannot_be_watched_is_stepped_freely(model: MambaLM) -> None:
+    with torch.inference_mode():
+        made_here = MambaLM(model.config)
+    hooked = copy.deepcopy(model)
+    hooked.register_forward_hook(lambda *_: None)
+    for each in (made_here, hooked):
+        decoder = Decoder(each, each, 2)
+        assert steps(each, decoder, 1) == 0 and not decoder._tapes
