@@ -1,4 +1,5 @@
 # `make demo` and `make test` each set up .venv first; VENV=path uses another one.
+# Without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves the gigabytes of CUDA that torch brings along.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # the package and what it needs to run
 $(VENV)/.minimal: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) -e .
 	touch $@
 
