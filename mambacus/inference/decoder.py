@@ -13,7 +13,9 @@ from mambacus.models.primed import PrimedModel
 from mambacus.ops.tape import Tape
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # batch sizes of recorded steps
-TAPED_ROWS = 4  # most rows of a step on a CPU that is kept as a tape: of more rows the kernels take longer than Python
+TAPED_ROWS = (
+    16  # most rows of a step on a CPU that is kept as a tape: of more rows the kernels take far longer than Python
+)
 _FIRST_ROWS = 4  # rows that memory is made for at first; doubled when they are taken
 
 

@@ -38,6 +38,7 @@ from mambacus.ops import (
     add_rms_norm,
     causal_conv1d,
     causal_conv1d_update,
+    float32_output,
     halves,
     linear,
     linear_cross_entropy,
@@ -450,8 +451,7 @@ class MambaLM(nn.Module):
         return F.cross_entropy(self._logits(rows), wanted, ignore_index=IGNORE_INDEX, reduction="sum")
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.lm_head(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return float32_output(self.lm_head, hidden, self.config.padded_vocab_size)
 
     def _check(
         self,

@@ -3,7 +3,7 @@
 from mambacus.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from mambacus.ops.cross_entropy import linear_cross_entropy
 from mambacus.ops.halves import halves
-from mambacus.ops.linear import Linear, linear
+from mambacus.ops.linear import Linear, float32_output, linear
 from mambacus.ops.quantised_linear import quantised_linear, quantised_rows
 from mambacus.ops.rms_norm import add_rms_norm, rms_norm
 from mambacus.ops.selective_scan import selective_scan, selective_state_update
@@ -13,6 +13,7 @@ __all__ = [
     "add_rms_norm",
     "causal_conv1d",
     "causal_conv1d_update",
+    "float32_output",
     "halves",
     "linear",
     "linear_cross_entropy",

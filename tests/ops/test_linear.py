@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from op_cases import assert_as_good_as, poisoned_memory, threads
 from torch import nn
 
-from mambacus.ops import Linear, linear
+from mambacus.ops import Linear, float32_output, linear
 from mambacus.ops.linear import interface
+from mambacus.ops.linear.interface import HEAD_TOKENS
 
 SHAPES = [
     ((1,), 80, 96),
@@ -117,3 +118,20 @@ def test_module_is_an_ordinary_linear():
     x = torch.randn(3, 48)
     with torch.no_grad():
         torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, HEAD_TOKENS, HEAD_TOKENS + 1, 2 * HEAD_TOKENS + 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_in_pieces_gives_what_it_gives_whole(tokens: int, dtype: torch.dtype) -> None:
+    layer = Linear(32, 48, bias=False).to(dtype)
+    x = torch.randn(2, tokens, 32, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    whole = layer(x)
+    pieces = []
+    layer.register_forward_hook(lambda _, inputs, __: pieces.append(inputs[0].shape[1]))
+    with torch.no_grad():
+        got = float32_output(layer, x, 48)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, whole.float(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+    assert sum(pieces) == tokens and max(pieces) <= (HEAD_TOKENS if dtype == torch.bfloat16 else tokens)
+    got = float32_output(layer, x.requires_grad_(), 48)
+    assert got.dtype == torch.float32 and got.requires_grad

@@ -1,5 +1,5 @@
 """Matrix products for a CPU."""
 
-from mambacus.ops.linear.interface import Linear, linear
+from mambacus.ops.linear.interface import Linear, float32_output, linear
 
-__all__ = ["Linear", "linear"]
+__all__ = ["Linear", "float32_output", "linear"]

@@ -17,7 +17,7 @@ from mambacus.ops.simd import LANES, VECTOR, load, load_bfloat16, prefetch, spla
 from mambacus.ops.threads import Kernel, thread_count
 
 OUTPUTS = 48  # outputs of one task; a multiple of the three that a tile computes
-AHEAD = 2048  # bytes from the weights being read to those asked for
+AHEAD = 8192
 NANOSECONDS_PER_WEIGHT = 0.25  # of one thread
 NANOSECONDS_PER_PRODUCT = 0.03
 
@@ -30,7 +30,10 @@ def dot(x, weight, length, half):
     for k in range(0, fours, 4 * LANES):
         ahead = weight + k * (2 if half else 4) + AHEAD
         prefetch(ahead)
-        prefetch(ahead + 2 * VECTOR)
+        prefetch(ahead + VECTOR)
+        if not half:
+            prefetch(ahead + 2 * VECTOR)
+            prefetch(ahead + 3 * VECTOR)
         a = a + load(x + 4 * k) * read_numbers(weight, k, half)
         b = b + load(x + 4 * k + VECTOR) * read_numbers(weight, k + LANES, half)
         c = c + load(x + 4 * k + 2 * VECTOR) * read_numbers(weight, k + 2 * LANES, half)

@@ -13,6 +13,7 @@ from mambacus.ops.dispatch import runs_eagerly_on_cpu
 FEW_ROWS = 64  # up to here the own kernel is faster than torch's product
 _VECTOR = 16  # the kernel reads whole vectors of at most so many numbers
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+HEAD_TOKENS = 256  # of each row, for which a head's output is held in the dtype of the weights
 CONVERTED_WEIGHTS = 1 << 22  # weights converted to float32 at a time: 16 MiB
 
 
@@ -49,6 +50,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dtype == torch.bfloat16 and not _multiplies_bfloat16():
         return _multiply_in_float32(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def float32_output(layer: nn.Module, x: Tensor, width: int) -> Tensor:
+    """Return ``layer(x)`` in float32 (float64 stays), which is what a head's logits are needed in.
+
+    Without gradients, of a long sequence in a lower precision, a piece at a time: the output in that precision, half as
+    much again as the result, is never held whole.
+
+    Args:
+        layer: a linear layer, or an adapter's wrapper of one.
+        x: (..., in_features).
+        width: the layer's out_features.
+
+    Returns:
+        (..., width).
+    """
+    if torch.is_grad_enabled() or x.dim() != 3 or x.shape[1] <= HEAD_TOKENS or x.dtype.itemsize >= 4:
+        y: Tensor = layer(x)
+        return y.to(torch.promote_types(y.dtype, torch.float32))
+    y = x.new_empty(*x.shape[:-1], width, dtype=torch.float32)
+    for piece, part in zip(x.split(HEAD_TOKENS, 1), y.split(HEAD_TOKENS, 1), strict=True):
+        part.copy_(layer(piece))
+    return y
 
 
 class Linear(nn.Linear):
