@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mambacus.bench_plan import WHAT, fill, plan
+from mambacus.bench_plan import WHAT, fill, idle, plan
 from mambacus.measuring.cases import DTYPES, IMPLEMENTATIONS, LOGITS, METHODS
 from mambacus.measuring.shapes import MATCHED
 from mambacus.runtime.config import check, opt, parse
@@ -43,7 +43,9 @@ class Config:
         positional=True,
     )
     out: Path = opt(help="the JSON record to write", metavar="FILE.json")
-    model: str | None = opt(None, "published Mamba shape with random weights (default: 130m)", choices=SIZES)
+    model: str | None = opt(
+        None, "published Mamba shape with random weights (default: 130m; eval: tiny itself)", choices=SIZES
+    )
     implementations: tuple[str, ...] = opt(
         (),
         "who is measured: mambacus, transformers (its Mamba), llama.cpp (its Mamba), or Transformers by their shape, "
@@ -52,7 +54,9 @@ class Config:
         metavar="NAME,...",
     )
     dtypes: tuple[str, ...] = opt(
-        (), "float32, bfloat16, float16, mixed (float32 weights, bfloat16 autocast), int8, int4", choices=DTYPES
+        (),
+        "float32, bfloat16, float16, mixed (for train: float32 weights, bfloat16 autocast), int8, int4",
+        choices=DTYPES,
     )
     batches: tuple[int, ...] = opt((1,), "rows", least=1)
     seqlens: tuple[int, ...] = opt((), "tokens a row for prefill, train and lengths", least=1)
@@ -69,7 +73,10 @@ class Config:
     peer_repeats: int = opt(
         0, "counted runs for peers when they are slow (0: as --repeats); with 1 they get no warm-up", least=0
     )
-    peer_dtypes: tuple[str, ...] = opt((), "dtypes for peers (default: as --dtypes)", choices=DTYPES)
+    peer_dtypes: tuple[str, ...] = opt(
+        (), "dtypes for peers (default: as --dtypes); as many as --dtypes are measured in turn, pair by pair",
+        choices=DTYPES,
+    )  # fmt: skip
     threads: int = opt(0, "CPU threads (0: torch's default)", least=0)
     device: str = opt("cpu", "cpu or cuda")
     timeout: float = opt(1800.0, "seconds after which a case is given up and recorded so", above=0)
@@ -90,8 +97,8 @@ def run(config: Config) -> Record:
     ``<record>.rows.jsonl`` until the record is written.
 
     Raises:
-        UserError: a setting out of range, an existing record, a package that is not there, or a case that failed for
-            another reason than memory or time.
+        UserError: a setting out of range or of another kind of benchmark, an existing record, a package that is not
+            there, or a case that failed for another reason than memory or time.
     """
     from mambacus.measuring.crossovers import crossovers
     from mambacus.measuring.journal import RowJournal, journal_path
@@ -101,6 +108,8 @@ def run(config: Config) -> Record:
 
     watch = Stopwatch()
     check(config)
+    if faults := idle(config):
+        raise UserError("; ".join(faults))
     claim_file(config.out, overwrite=config.overwrite)
     device = resolve_device(config.device)
     config = fill(config)
@@ -236,8 +245,9 @@ def main(argv: Sequence[str]) -> None:
         print(_line(Case(**{name: row[name] for name in fields}), row))
     for entry in record.results.get("crossovers", ()):
         where = "no cross-over" if entry["seqlen"] is None else f"cross-over at {entry['seqlen']:,.0f} tokens"
+        steps = f" + {entry['new_tokens']}" if entry["new_tokens"] else ""
         print(
-            f"{entry['benchmark']:8} {entry['dtype']:9} batch {entry['batch']}: {entry['metric']}: {where}: "
+            f"{entry['benchmark']:8} {entry['dtype']:9} batch {entry['batch']}{steps}: {entry['metric']}: {where}: "
             f"{entry['note']}"
         )
     print(f"record: {config.out}")

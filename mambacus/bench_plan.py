@@ -43,7 +43,40 @@ _DEFAULTS = {
     ("decode", "cuda"): Defaults(dtypes=("bfloat16",), new_tokens=(128,), modes=_BOTH_MODES),
     ("prefill", "cuda"): Defaults(dtypes=("bfloat16",)),
     ("train", "cuda"): Defaults(dtypes=("mixed",)),
+    ("eval", "cpu"): Defaults("tiny"),
+    ("eval", "cuda"): Defaults("1.4b", dtypes=("bfloat16",)),
 }
+
+
+_EVERYWHERE = {
+    "what", "out", "label", "device", "threads", "dtypes", "overwrite",
+    "data_dir",  # a study gives it to all of its commands
+}  # fmt: skip
+_CASES = {
+    "model", "implementations", "batches", "modes", "repeats", "warmup", "peer_repeats", "peer_dtypes", "timeout",
+    "resume",
+}  # fmt: skip
+COUNTS: dict[str, set[str]] = {
+    "train": _CASES | {"seqlens", "method"},
+    "decode": _CASES | {"prompts", "new_tokens", "samples", "logits"},
+    "prefill": _CASES | {"seqlens", "logits"},
+    "lengths": _CASES | {"seqlens", "new_tokens", "method", "logits"},
+    "scan": {"shapes"},
+    "eval": {"model", "timeout", "documents", "peer_documents"},
+}  # the settings that change what a kind does, beside those that count everywhere
+
+
+def idle(config: Config) -> list[str]:
+    """Return a clause for each setting that was changed and that this kind of benchmark would not heed."""
+    faults = []
+    for field in dataclasses.fields(config):
+        changed = field.default is not dataclasses.MISSING and getattr(config, field.name) != field.default
+        if changed and field.name not in _EVERYWHERE | COUNTS[config.what]:
+            kinds = ", ".join(kind for kind, settings in COUNTS.items() if field.name in settings)
+            faults.append(f"--{field.name.replace('_', '-')}: expected with {kinds}, not with {config.what}")
+    if config.what == "eval" and len(config.dtypes) > 1:
+        faults.append(f"--dtypes: expected one for eval, got {','.join(config.dtypes)}")
+    return faults
 
 
 def fill(config: Config) -> Config:
@@ -70,16 +103,21 @@ def fill(config: Config) -> Config:
 
 
 def plan(config: Config) -> Iterator[Case]:
-    """Yield the cases of a filled configuration."""
+    """Yield the cases of a filled configuration, each once."""
+    yield from dict.fromkeys(_cases(config))
+
+
+def _cases(config: Config) -> Iterator[Case]:
+    """Yield them in order; two pairs of dtypes may share one side's case."""
     for benchmark in WHAT[config.what]:
         if benchmark == "samples" and not config.samples:
             continue
-        dtypes = [*config.dtypes, *(name for name in config.peer_dtypes if name not in config.dtypes)]
         shapes = list(_shapes(config, benchmark))
-        for dtype, (batch, seqlen, new_tokens), mode in itertools.product(dtypes, shapes, config.modes):
+        for dtypes, (batch, seqlen, new_tokens), mode in itertools.product(_dtypes(config), shapes, config.modes):
             for name in config.implementations:
                 ours = name == "mambacus"
-                if dtype not in (config.dtypes if ours else config.peer_dtypes or config.dtypes):
+                dtype = dtypes[0 if ours else 1]
+                if dtype is None:
                     continue
                 by_engine = ours and benchmark in _BY_ENGINE and config.device.startswith("cuda")
                 if by_engine and mode != config.modes[-1]:
@@ -93,6 +131,15 @@ def plan(config: Config) -> Iterator[Case]:
                     logits=config.logits if benchmark == "prefill" else "last",
                     samples=config.samples if benchmark == "samples" else 0,
                 )  # fmt: skip
+
+
+def _dtypes(config: Config) -> list[tuple[str | None, str | None]]:
+    """Return what is measured in turn: our dtype and that of the peers, None where that side has no such case."""
+    ours, peers = config.dtypes, config.peer_dtypes or config.dtypes
+    if len(ours) == len(peers):
+        return list(zip(ours, peers, strict=True))
+    names = dict.fromkeys((*ours, *peers))
+    return [(name if name in ours else None, name if name in peers else None) for name in names]
 
 
 def _shapes(config: Config, benchmark: str) -> Iterator[tuple[int, int, int]]:

@@ -41,8 +41,8 @@ class Case:
         implementation: ``mambacus``; ``transformers`` (its Mamba, without optional kernel packages); ``llama.cpp`` (its
             Mamba); or one of `SHAPES`, a Transformer through transformers.
         model: size of the Mamba, also of the one that a Transformer is set beside; the weights are random.
-        dtype: of weights and activations; ``mixed``: float32 weights, products in bfloat16 (autocast); ``int8`` and
-            ``int4``: weights only.
+        dtype: of weights and activations; ``mixed``: of ``train``, float32 weights and products in bfloat16
+            (autocast); ``int8`` and ``int4``: weights only.
         batch: rows.
         seqlen: tokens a row: read, trained, or in the context before decoding.
         new_tokens: one-token steps.
@@ -96,6 +96,8 @@ class Case:
         dtypes = DTYPES_OF.get(self.implementation, _TORCH_DTYPES)
         if self.dtype not in dtypes:
             return f"{self.implementation} is not measured in {self.dtype}, only in {', '.join(dtypes)}"
+        if self.dtype == "mixed" and self.benchmark != "train":
+            return "mixed is training under autocast; without it these weights compute in float32: measure that"
         if self.dtype in QUANTISED and (self.benchmark == "train" or self.device != "cpu"):
             return f"{self.dtype} weights are for inference on a CPU"
         if self.implementation == "llama.cpp":

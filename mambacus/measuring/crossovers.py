@@ -13,7 +13,7 @@ HIGHER_IS_BETTER = {
     "state_bytes": False,
     "energy_joules": False,
 }
-_GROUP = ("benchmark", "batch", "dtype", "graph", "method")
+_GROUP = ("benchmark", "batch", "dtype", "graph", "method", "new_tokens")
 
 Row = dict[str, Any]
 
@@ -28,8 +28,9 @@ def crossovers(rows: Sequence[Row], ours: str = "mambacus") -> list[dict[str, An
         ours: the implementation that the others are compared with.
 
     Returns:
-        For each benchmark, batch, dtype, mode, metric and peer one entry a crossing, or one with ``seqlen`` null if
-        there is none: ``{benchmark, batch, dtype, graph, method, metric, ours, peer, seqlen, note}``.
+        For each benchmark, batch, dtype, mode, number of new tokens, metric and peer one entry a crossing, or one with
+        ``seqlen`` null if there is none: ``{benchmark, batch, dtype, graph, method, new_tokens, metric, ours, peer,
+        seqlen, note}``.
     """
     found = []
     for group in _unique(tuple(row.get(name) for name in _GROUP) for row in rows):

@@ -27,7 +27,7 @@ CPU_TASKS: tuple[tuple[str, int], ...] = (
     ("arc_challenge", 25),
     ("arc_easy", 0),
     ("hellaswag", 0),
-)  # with worked examples
+)  # with so many worked examples
 GPU_TASKS: tuple[tuple[str, int], ...] = (("hellaswag", 10),)
 ZERO_SHOT = 4  # times the documents, whose prompts are short
 BATCH = 64  # contexts of one pass, for all
@@ -71,7 +71,7 @@ class EvalCase:
 def eval_cases(
     size: str, device: str, dtype: str, documents: int, peer_documents: int, threads: int = 0
 ) -> list[EvalCase]:
-    """Return the cases of a device: on a CPU three tasks on Mamba alone, on a GPU hellaswag beside a Transformer.
+    """Return the cases of a device: on a CPU four tasks on Mamba alone, on a GPU hellaswag beside a Transformer.
 
     Args:
         size: ``tiny`` is the embedded model, any other size has random weights.
@@ -154,7 +154,7 @@ def _run(case: EvalCase, data_dir: Path, folder: Path, timeout_seconds: float) -
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
         if done.returncode == -9 or "out of memory" in done.stderr.lower():
             return row | {"error": "out of memory"}, {}
-        raise UserError(f"{case.title}: {said.removeprefix('error: ')}")
+        raise UserError(f"{case.title}: {said.removeprefix('mambacus evaluate: error: ')}")
     record = read_record(out)
     figures = record.results
     row |= {

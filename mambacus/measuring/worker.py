@@ -11,26 +11,30 @@ import torch
 from mambacus.measuring.cases import Case
 from mambacus.measuring.costs import case_work
 from mambacus.measuring.energy import Energy
+from mambacus.measuring.memory import PeakMemory
 from mambacus.measuring.sides import Side, Step, make_side
 from mambacus.measuring.timing import median, time_ms
-from mambacus.runtime.device import peak_memory_bytes, resolve_device
+from mambacus.runtime.device import resolve_device
 
 
 def measure(case: Case) -> dict[str, Any]:
     """Build the side of ``case`` with random weights, time its step and return the figures.
 
     Returns:
-        ``samples_ms``, ``median_ms``, ``tokens_per_second``, ``peak_memory_bytes``, ``weights_memory_bytes`` (the peak
-        before the first step), ``weights_bytes``, ``state_bytes`` (or null), ``work`` (see `case_work`), ``flops``,
-        ``energy_joules`` of one run (or null); of ``generate`` also ``time_to_first_token_ms``; of ``samples`` also
-        ``prompt_tokens`` (read in one run), and for ours ``decode_alone_ms`` and ``ratio_to_decode``.
+        ``samples_ms``, ``median_ms``, ``tokens_per_second``, ``peak_memory_bytes``, ``peak_memory_of`` (see
+        `PeakMemory`), ``weights_memory_bytes`` (the same before the first step), ``weights_bytes``, ``state_bytes`` (or
+        null), ``work`` (see `case_work`), ``flops``, ``energy_joules`` of one run (or null); of ``generate`` also
+        ``time_to_first_token_ms``; of ``samples`` also ``prompt_tokens`` (read in one run), and for ours
+        ``decode_alone_ms`` and ``ratio_to_decode``.
     """
     if case.threads:
         torch.set_num_threads(case.threads)
     device = resolve_device(case.device)
     torch.manual_seed(0)
     side = make_side(case)
-    before = peak_memory_bytes(device)
+    memory = PeakMemory(device)
+    memory.restart()  # before the step is made: a graph takes its memory when it is captured
+    before = memory.read()
     step = _step(case, side)
     time_ms(step, device, repeats=0, warmup=case.warmup)
     with Energy(device) as energy:
@@ -40,7 +44,8 @@ def measure(case: Case) -> dict[str, Any]:
         "samples_ms": [round(sample, 3) for sample in samples],
         "median_ms": round(median(samples), 3),
         "tokens_per_second": round(1e3 * case.tokens / median(samples), 2),
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": memory.read(),
+        "peak_memory_of": memory.of,
         "weights_memory_bytes": before,
         "weights_bytes": side.weights_bytes,
         "state_bytes": side.state_bytes(),

@@ -64,13 +64,18 @@ def _colours(rows: Sequence[Timing]) -> dict[str, int]:
 
 def _figure(rows: Sequence[Timing], colours: dict[str, int]) -> Figure:
     source, row = rows[0].source, rows[0].row
-    found = [crossing for crossing in crossovers(source) if all(crossing[key] == row.get(key) for key in _SHARED)]
+    found = [crossing for crossing in crossovers(source) if _belongs(crossing, row)]
     charts = [chart for metric in METRICS if (chart := _chart(metric, rows, colours, found)) is not None]
     parts = [f"{row['model']}", f"batch {row['batch']}", str(row["dtype"])]
     parts += ["LoRA"] if row.get("method") == "lora" else []
     parts += [f"{row['new_tokens']} new tokens"] if row.get("new_tokens") else []
     title = f"{row['benchmark'].capitalize()}: {', '.join(parts)}"
     return Figure(f"{title} {source.number}", title, tuple(charts), (source.number,))
+
+
+def _belongs(crossing: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Return whether a crossing is one of a row's figure; older records do not say of how many new tokens it is."""
+    return all(crossing[key] == row.get(key) for key in _SHARED if key in crossing)
 
 
 def _chart(
@@ -114,8 +119,8 @@ def _series(metric: Metric, who: str, colour: int, graph: bool, rows: Sequence[T
 def crossovers(source: Source) -> list[dict[str, Any]]:
     """Return a record's crossings.
 
-    Each is ``{benchmark, batch, dtype, method, graph, metric, ours, peer, seqlen, note}``; ``seqlen`` is None where
-    the curves do not cross.
+    Each is ``{benchmark, batch, dtype, method, new_tokens, graph, metric, ours, peer, seqlen, note}``; ``seqlen`` is
+    None where the curves do not cross.
     """
     found: list[dict[str, Any]] = source.record.results.get("crossovers", [])
     return found
@@ -126,7 +131,7 @@ def crossover_table(sources: Sequence[Source]) -> Table:
     titles = {metric.key: metric.title for metric in METRICS}
     body: list[list[Cell | str]] = [
         [
-            Cell(titles.get(c["metric"], c["metric"]), f"{c['benchmark']}{reference([source.number])}"),
+            Cell(titles.get(c["metric"], c["metric"]), f"{_what(c)}{reference([source.number])}"),
             f"{c['batch']:,}",
             str(c["dtype"]) + (", LoRA" if c["method"] == "lora" else ""),
             "graph" if c["graph"] else "eager",
@@ -142,7 +147,12 @@ def crossover_table(sources: Sequence[Source]) -> Table:
     return make_table("crossovers", columns, body, title="Where the curves cross", about=_CROSSING)
 
 
-_SHARED = ("benchmark", "batch", "dtype", "method")
+def _what(crossing: dict[str, Any]) -> str:
+    tokens = crossing.get("new_tokens")
+    return f"{crossing['benchmark']}, {tokens} new tokens" if tokens else str(crossing["benchmark"])
+
+
+_SHARED = ("benchmark", "batch", "dtype", "method", "new_tokens")
 _CROSSING = (
     "Interpolated between measured lengths on logarithmic axes; “none” means that one side leads at every length that "
     "both finished."

@@ -90,11 +90,22 @@ class Stopwatch:
             config=_jsonable(plain),
             results=_jsonable(results),
             environment=environment(),
-            command=["mambacus", *sys.argv[1:]],
+            command=[*_program(sys.argv[0]), *sys.argv[1:]],
             started_at=self._started_at,
             seconds=round(self.seconds, 3),
             items_file=items_file,
         )
+
+
+def _program(started_as: str) -> list[str]:
+    """Return how to start this program again: ``mambacus``, or a script by its path from the current folder."""
+    if started_as in ("", "-c"):  # no file: Python's prompt, or code on the command line
+        return ["python", *([started_as] if started_as else [])]
+    path = Path(os.path.abspath(started_as))
+    if path.stem == "mambacus" or path.parts[-2:] == ("mambacus", "__main__.py"):
+        return ["mambacus"]
+    below = path.is_relative_to(Path.cwd())
+    return ["python", path.relative_to(Path.cwd()).as_posix() if below else path.name]
 
 
 def environment() -> dict[str, Any]:

@@ -199,9 +199,11 @@ class _Planner:
             for entry in self.recipe.models:
                 self.generation(entry, self.recipe.generation)
         for place, settings in enumerate(self.recipe.bench, start=1):
-            name = f"{place}-{settings.get('what', 'bench')}"
+            what = settings.get("what", "bench")
+            name = f"{place}-{what}"
             record = self.out / "bench" / f"{name}.json"
-            few = {"repeats": 1} if self.overrides.limit else {}
+            short = {"eval": {"documents": self.overrides.limit}, "scan": {}}.get(what, {"repeats": 1})
+            few = short if self.overrides.limit else {}
             self._add("bench", "bench", name, {**settings, "out": record, **few}, record, ())
 
     def generation(self, entry: ModelEntry, settings: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from mambacus.measuring import cases, journal, timing, worker
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import read_record
 
-SMALL = {"model": "micro", "seqlens": (8, 16), "prompts": (8,), "new_tokens": (3,), "repeats": 1, "warmup": 0}
+SMALL = {"model": "micro", "repeats": 1, "warmup": 0}
 
 
 @pytest.fixture
@@ -48,6 +48,8 @@ def test_sizes_are_those_that_can_be_made():
         (["--modes", "graph"], "--modes graph: expected with --device cuda, got cpu"),
         (["--model", "7b"], "--model: expected one of micro, tiny, 130m"),
         (["--what", "train"], "unknown flag --what"),
+        (["--prompts", "8"], "--prompts: expected with decode, not with train"),
+        (["--logits", "all"], "--logits: expected with decode, prefill, lengths, not with train"),
     ],
 )
 def test_faults_are_one_line(tmp_path, capsys, flags, message):
@@ -84,6 +86,7 @@ def test_every_case_has_a_process_of_its_own(tmp_path, capsys):
     (row,) = read_record(out).results["rows"]
     assert row["tokens_per_second"] > 0 and row["flops"] > 0
     assert row["peak_memory_bytes"] >= row["weights_memory_bytes"] > 0
+    assert row["peak_memory_of"] in ("steps", "process")
     assert row["of_least"] > 0 and row["least_ms"] > 0
     assert "tok/s" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [out]
@@ -91,8 +94,9 @@ def test_every_case_has_a_process_of_its_own(tmp_path, capsys):
 
 def test_decode_has_its_parts_its_whole_and_its_samples(tmp_path, in_this_process):
     config = bench.Config(
-        "decode", tmp_path / "r.json", implementations=("mambacus", "transformers", "pythia-micro"), samples=4, **SMALL
-    )
+        "decode", tmp_path / "r.json", implementations=("mambacus", "transformers", "pythia-micro"), prompts=(8,),
+        new_tokens=(3,), samples=4, **SMALL,
+    )  # fmt: skip
     rows = bench.run(config).results["rows"]
     kinds = [row["benchmark"] for row in rows]
     assert kinds == [kind for kind in ("prefill", "decode", "generate", "samples") for _ in range(3)]
@@ -117,13 +121,15 @@ def test_lengths_finds_crossovers(tmp_path, in_this_process, capsys):
 
 
 def test_lora_says_where_it_sits(tmp_path, in_this_process):
-    rows = bench.run(bench.Config("train", tmp_path / "r.json", method="lora", **SMALL)).results["rows"]
+    rows = bench.run(bench.Config("train", tmp_path / "r.json", seqlens=(8, 16), method="lora", **SMALL)).results[
+        "rows"
+    ]
     assert [row["lora_targets"] for row in rows[:2]] == [["in_proj", "out_proj"], ["in_proj"]]
     assert all(row["method"] == "lora" for row in rows)
 
 
 def test_a_stopped_run_goes_on(tmp_path, in_this_process, monkeypatch):
-    config = bench.Config("train", tmp_path / "r.json", implementations=("mambacus",), **SMALL)
+    config = bench.Config("train", tmp_path / "r.json", implementations=("mambacus",), seqlens=(8, 16), **SMALL)
     usual = cases.measure
 
     def stop_at_the_second(case: cases.Case, timeout: float) -> dict:
@@ -158,6 +164,9 @@ def test_tokens_counted():
     [
         (cases.Case("train", "llama.cpp", "micro", "float32", 1, 8), "not at train"),
         (cases.Case("train", "mambacus", "micro", "int8", 1, 8), "for inference on a CPU"),
+        (cases.Case("prefill", "mambacus", "micro", "mixed", 1, 8), "mixed is training under autocast"),
+        (cases.Case("decode", "transformers", "micro", "mixed", 1, 8), "mixed is training under autocast"),
+        (cases.Case("generate", "pythia-micro", "micro", "mixed", 1, 8), "mixed is training under autocast"),
         (cases.Case("decode", "llama.cpp", "micro", "float32", 1, 8, device="cuda"), "on the CPU only"),
         (cases.Case("decode", "transformers", "micro", "int4", 1, 8), "not measured in int4, only in float32"),
         (cases.Case("prefill", "transformers", "micro", "float32", 1, 8, graph=True), "not compiled"),

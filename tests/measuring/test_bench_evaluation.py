@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
+from mambacus.bench import Config, run
+from mambacus.bench_plan import fill
 from mambacus.cli import main
 from mambacus.measuring import evaluation
 from mambacus.measuring.evaluation import EvalCase, eval_cases, measure_evaluation, summary
@@ -63,6 +66,28 @@ def test_on_a_gpu_the_peer_is_a_transformer_of_that_size() -> None:
         eval_cases("tiny", "cuda", "bfloat16", 1, 1)
     with pytest.raises(UserError, match="--model 130m: expected tiny"):
         eval_cases("130m", "cpu", "float32", 1, 1)
+
+
+@pytest.mark.parametrize(("device", "model", "dtype"), [("cpu", "tiny", "float32"), ("cuda", "1.4b", "bfloat16")])
+def test_without_a_model_a_device_gets_one_that_it_can_measure(device: str, model: str, dtype: str) -> None:
+    config = fill(Config("eval", Path("r.json"), device=device))
+    assert (config.model, config.dtypes) == (model, (dtype,))
+    assert eval_cases(config.model or "", device, *config.dtypes, 1, 1)
+
+
+def test_it_runs_with_the_flags_of_the_documentation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(evaluation, "_run", made_up)
+    rows = run(Config("eval", tmp_path / "r.json", data_dir=tmp_path)).results["rows"]
+    assert len(rows) == 4 * 3
+
+
+def test_a_refusal_is_repeated_without_its_head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = CompletedProcess([], 2, stdout="", stderr="a warning\nmambacus evaluate: error: --data-dir: no gsm8k\n")
+    monkeypatch.setattr(evaluation.subprocess, "run", lambda *args, **kwargs: said)
+    (case, *_) = eval_cases("tiny", "cpu", "float32", 4, 2)
+    with pytest.raises(UserError) as caught:
+        list(measure_evaluation([case], tmp_path, 1.0))
+    assert str(caught.value) == "eval gsm8k 5-shot 4 documents mambacus: --data-dir: no gsm8k"
 
 
 def test_a_folder_of_documents_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import typing
 from pathlib import Path
 
 import pytest
 
 from mambacus import bench
-from mambacus.bench_plan import fill, plan
+from mambacus.bench_plan import COUNTS, fill, idle, plan
 from mambacus.measuring.cases import Case
+from mambacus.runtime.config import from_mapping
 from mambacus.runtime.errors import UserError
+from mambacus.studies.recipe import packaged_recipes, read_recipe
 
 
 def planned(what: str, **settings: object) -> list[Case]:
@@ -35,6 +38,67 @@ def test_lists_are_crossed_and_a_prefill_is_measured_once():
     assert shapes["prefill"] == [(16, 0), (512, 0)]
     assert shapes["samples"] == [(16, 8), (16, 64), (512, 8), (512, 64)]
     assert {c.samples for c in cases if c.benchmark == "samples"} == {64}
+
+
+def test_as_many_dtypes_of_peers_are_measured_in_turn_with_ours():
+    cases = planned("prefill", dtypes=("int8", "int4"), peer_dtypes=("float32", "bfloat16"), batches=(1, 4))
+    assert [c.implementation for c in cases] == ["mambacus", "transformers"] * 4
+    assert [(c.dtype, c.batch) for c in cases] == [
+        ("int8", 1), ("float32", 1), ("int8", 4), ("float32", 4),
+        ("int4", 1), ("bfloat16", 1), ("int4", 4), ("bfloat16", 4),
+    ]  # fmt: skip
+
+
+def test_the_same_case_is_measured_once():
+    cases = planned("prefill", dtypes=("int8", "int4"), peer_dtypes=("float32", "float32"))
+    assert [c.dtype for c in cases] == ["int8", "float32", "int4"]
+
+
+CHANGED = {
+    "model": "370m", "implementations": ("mambacus",), "batches": (4,), "seqlens": (8,), "prompts": (8,),
+    "new_tokens": (8,), "samples": 4, "method": "lora", "logits": "all", "modes": ("eager",), "repeats": 1, "warmup": 0,
+    "peer_repeats": 1, "peer_dtypes": ("float32",), "timeout": 9.0, "shapes": ("1x2x3",), "documents": 9,
+    "peer_documents": 9, "resume": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", COUNTS)
+def test_a_setting_that_does_not_count_is_refused(what):
+    for name, value in CHANGED.items():
+        faults = idle(bench.Config(what, Path("r.json"), **{name: value}))
+        assert bool(faults) == (name not in COUNTS[what]), name
+        assert all(fault.startswith(f"--{name.replace('_', '-')}: expected with ") for fault in faults)
+    everywhere = {"dtypes": ("bfloat16",), "threads": 1, "label": "x", "overwrite": True, "data_dir": Path()}
+    assert not idle(bench.Config(what, Path("r.json"), device="cuda", **everywhere))
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("train", {"seqlens", "method"}), ("decode", {"prompts", "new_tokens", "samples", "logits"}),
+        ("prefill", {"seqlens", "logits"}), ("lengths", {"seqlens", "new_tokens", "method", "logits"}),
+    ],
+)  # fmt: skip
+def test_what_counts_changes_the_cases_and_what_does_not_does_not(what, names):
+    usual = planned(what)
+    for name in ("seqlens", "prompts", "new_tokens", "samples", "method", "logits", "shapes", "documents"):
+        assert (planned(what, **{name: CHANGED[name]}) != usual) == (name in names), name
+
+
+def test_all_faults_are_named_at_once(tmp_path):
+    message = (
+        "--batches: expected with train, decode, prefill, lengths, not with eval; .*--dtypes: expected one for eval"
+    )
+    with pytest.raises(UserError, match=message):
+        bench.run(bench.Config("eval", tmp_path / "r.json", batches=(4,), dtypes=("float32", "bfloat16")))
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_recipes_set_what_counts(name):
+    hints = typing.get_type_hints(bench.Config)
+    for settings in read_recipe(name).bench:
+        texts = from_mapping(settings | {"out": "r.json"}, hints, name)
+        assert not idle(bench.Config(**texts))
 
 
 def test_a_slow_peer_gets_one_run_without_warm_up():

@@ -32,6 +32,13 @@ def test_of_memory_less_is_better():
     assert entry["seqlen"] == pytest.approx(10**2.5, abs=0.1)
 
 
+def test_curves_of_other_numbers_of_new_tokens_are_apart():
+    few = [row | {"new_tokens": 16} for row in rows({100: 2.0, 10000: 2.0}, {100: 4.0, 10000: 1.0})]
+    many = [row | {"new_tokens": 64} for row in rows({100: 2.0, 10000: 2.0}, {100: 1.0, 10000: 1.0})]
+    found = crossovers(few + many)
+    assert [(entry["new_tokens"], entry["seqlen"]) for entry in found] == [(16, 1000.0), (64, None)]
+
+
 def test_no_crossing_says_who_is_better_throughout():
     (entry,) = crossovers(rows({100: 3.0, 1000: 3.0}, {100: 5.0, 1000: 4.0}))
     assert entry["seqlen"] is None and entry["note"] == "pythia-160m is better at all of 100 to 1000"

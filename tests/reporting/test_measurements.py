@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import warnings
 from pathlib import Path
 
@@ -161,6 +163,24 @@ def test_controlled_study_draws_intervals_beside_what_was_predicted(page):
         "Only 12 of 14 runs are finished [4].",
         "copying, mamba: the rate 0.003 is the largest tried [4].",
     )
+
+
+def test_a_crossing_is_drawn_in_the_figure_of_its_number_of_new_tokens(tmp_path: Path):
+    raw = json.loads(write_lengths(tmp_path / "a.json").read_text())
+    rows = [row for row in raw["results"]["rows"] if row["benchmark"] == "decode"]
+    crossings = [one for one in raw["results"]["crossovers"] if one["benchmark"] == "decode"]
+    raw["results"]["rows"] = [row | {"new_tokens": steps} for steps in (16, 64) for row in rows]
+    raw["results"]["crossovers"] = [one | {"new_tokens": 64} for one in crossings]
+    (tmp_path / "a.json").write_text(json.dumps(raw))
+    section = build(collect([tmp_path])).section("efficiency")
+    assert [len(figure.charts[0].crossings) for figure in section.figures] == [0, 1]
+    assert "decode, 64 new tokens" in section.tables[0].rows[0][0].note
+
+
+def test_a_script_is_listed_with_its_command(tmp_path: Path):
+    made = dataclasses.replace(record("bench", "gpu", {}, {"rows": []}), command=["python", "benchmarks/gpu_ops.py"])
+    write_record(tmp_path / "a.json", made)
+    assert build(collect([tmp_path])).records.rows[0][3].text == "python benchmarks/gpu_ops.py"
 
 
 def test_rows_of_the_training_script_are_drawn_too(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,36 @@ def test_record_round_trip(tmp_path):
     assert again.results == {"accuracy": 0.5, "ppl": "inf"}
     assert again.config == {"out": "x", "tasks": ["a"]}
     assert again.environment["packages"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("started_as", "words"),
+    [
+        ("{bin}/mambacus", ["mambacus"]),
+        ("{bin}/mambacus.exe", ["mambacus"]),
+        ("{bin}/mambacus/__main__.py", ["mambacus"]),
+        ("{here}/benchmarks/tied_merge.py", ["python", "benchmarks/tied_merge.py"]),
+        ("benchmarks/tied_merge.py", ["python", "benchmarks/tied_merge.py"]),
+        ("{bin}/tied_merge.py", ["python", "tied_merge.py"]),
+        ("-c", ["python", "-c"]),
+        ("", ["python"]),
+    ],
+)
+def test_the_command_names_the_program_that_ran(tmp_path, monkeypatch, started_as, words):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "argv", [started_as.format(bin=tmp_path / "bin", here=here), "--out", "r.json"])
+    assert Stopwatch().record("bench", "m", {}, {}).command == [*words, "--out", "r.json"]
+
+
+def test_committed_records_of_scripts_name_the_script():
+    folder = Path(__file__).parents[2] / "benchmarks"
+    commands = {path.name: json.loads(path.read_text())["command"] for path in folder.rglob("*.json")}
+    scripts = {name: command for name, command in commands.items() if command[0] != "mambacus"}
+    assert len(scripts) == 5
+    assert all(command[0] == "python" and (folder.parent / command[1]).is_file() for command in scripts.values())
+    assert all(not command[1].startswith("-") for command in commands.values())
 
 
 @pytest.mark.parametrize(

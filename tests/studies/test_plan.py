@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mambacus import bench, bench_generation, evaluate, finetune, merge, solve
+from mambacus.bench_plan import idle
 from mambacus.runtime.config import parse
 from mambacus.runtime.errors import UserError
 from mambacus.studies.plan import Overrides, command_line, make_plan, settings_of
@@ -92,6 +93,10 @@ def test_a_limit_reaches_every_stage_and_is_told():
         value = {"finetune": "max_steps", "evaluate": "limit", "solve": "limit", "bench": "repeats"}.get(step.verb)
         assert value is None or getattr(step.config, value) == (1 if step.verb == "bench" else 20)
     assert "--limit 20" in plan.notes[0]
+    steps = plan_of(dataclasses.replace(RECIPE, bench=({"what": "eval"}, {"what": "scan"})), limit=20).steps
+    configs = [step.config for step in steps if step.verb == "bench"]
+    assert [(config.documents, config.repeats) for config in configs] == [(20, 3), (100, 3)]
+    assert not any(map(idle, configs))
 
 
 @pytest.mark.parametrize(
