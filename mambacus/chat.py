@@ -196,6 +196,8 @@ def _typed() -> Iterator[str]:
             yield input("> ")
         except KeyboardInterrupt:
             print("\n(/quit or Ctrl-D ends)", file=sys.stderr)
+        except UnicodeDecodeError:
+            print("error: expected UTF-8 text, got other bytes", file=sys.stderr)
         except EOFError:
             print(file=sys.stderr)
             return

@@ -122,12 +122,17 @@ def warm_up(engine: Engine) -> None:
 
 
 def _key(config: Config) -> str | None:
-    if config.api_key_file is None:
-        return os.environ.get(KEY_VARIABLE) or None
-    key = _read(config.api_key_file, "--api-key-file").strip()
-    if not key:
-        raise UserError(f"--api-key-file {config.api_key_file}: expected a key, got an empty file")
-    return key
+    """Return the key, without space around it as clients send it, or None if none is asked for."""
+    if config.api_key_file is not None:
+        where, key = f"--api-key-file {config.api_key_file}", _read(config.api_key_file, "--api-key-file")
+    elif KEY_VARIABLE in os.environ:
+        where, key = KEY_VARIABLE, os.environ[KEY_VARIABLE]
+    else:
+        return None
+    lines = key.strip().splitlines()
+    if len(lines) != 1:
+        raise UserError(f"{where}: expected a key, got {f'{len(lines)} lines' if lines else 'nothing'}")
+    return lines[0]
 
 
 def _read(path: Path, flag: str) -> str:

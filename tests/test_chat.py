@@ -118,6 +118,23 @@ def test_a_model_without_a_template_is_refused(capsys: pytest.CaptureFixture[str
     assert "--model random:micro: the model's tokenizer has no chat template" in capsys.readouterr().err
 
 
+def test_bytes_that_are_no_text_are_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mambacus.chat import _typed
+
+    typed = iter([UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "Hello", EOFError()])
+
+    def ask(prompt: str) -> str:
+        found = next(typed)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr("builtins.input", ask)
+    assert list(_typed()) == ["Hello"] and "expected UTF-8 text, got other bytes" in capsys.readouterr().err
+
+
 def test_ctrl_c_ends_the_answer_and_not_the_program(template: str, tmp_path: Path) -> None:
     keys, screen = pty.openpty()  # a terminal: questions are asked for, faults forgiven
     command = [sys.executable, "-m", "mambacus", "chat", *MODEL, "--chat-template", template, *LETTERS]

@@ -248,6 +248,10 @@ def test_a_file_of_prompts_gives_each_line_what_it_gets_alone(
         ('{"prompt": "a", "samples": 1.5}', "line 2: samples: expected a whole number"),
         ('{"prompt": "a", "stop": [1]}', "line 2: stop: expected a string or a list of strings"),
         ('{"prompt": "a", "logit_bias": {"x": 1}}', "line 2: logit_bias: expected an object"),
+        ('{"prompt": "a", "logit_bias": {"1": 1%s}}' % ("0" * 400), "line 2: logit_bias: expected an object"),
+        ('{"prompt": "a", "logit_bias": {"1%s": 1}}' % ("0" * 5000), "line 2: logit_bias: expected an object"),
+        ('{"prompt": "a", "temperature": 1%s}' % ("0" * 400), "line 2: temperature: expected a number, got 1000"),
+        ('{"prompt": "a", "id": ["\\udfff"]}', "line 2: id: holds half of a surrogate pair"),
         ('{"prompt": "a", "logit_bias": {"999": 1}}', "line 2: logit_bias: token id 999"),
     ],
 )

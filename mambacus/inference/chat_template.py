@@ -10,6 +10,8 @@ from mambacus.runtime.errors import UserError
 
 NO_TEMPLATE = "the model's tokenizer has no chat template; give --chat-template FILE.jinja, or complete plain prompts"
 
+_FAULTS = (TypeError, ValueError, ArithmeticError)  # of the Python that a template runs, on messages it did not expect
+
 
 class ChatTemplate:
     """Makes prompts of conversations.
@@ -40,7 +42,7 @@ class ChatTemplate:
             raise UserError(NO_TEMPLATE)
         try:
             return self.render(messages)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, *_FAULTS) as error:
             raise UserError(f"the chat template does not take these messages: {error}") from None
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
@@ -70,6 +72,6 @@ def load_template(tokenizer: Any, path: Path | None, flag: str = "--chat-templat
         raise UserError(f"{flag} {path}: not UTF-8 text") from None
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{flag} {path}, line {error.lineno}: {error.message}") from None
-    except jinja2.TemplateError:
+    except (jinja2.TemplateError, *_FAULTS):
         return template  # it wants other messages than this one
     return template

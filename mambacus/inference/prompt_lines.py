@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def read_prompts(source: str, defaults: SamplingParams, engine: Engine, *, conti
     for number, row in rows:
         where = f"{name}, line {number}"
         try:
-            line = PromptLine(number, row.get("id"), _prompt(row), _params(row, defaults))
+            line = PromptLine(number, _id(row), _prompt(row), _params(row, defaults))
             engine.check(line.prompt, line.params, continues=continues)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
@@ -83,6 +84,15 @@ def _stdin_rows() -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, parse_line(text, f"standard input, line {number}")
     except UnicodeDecodeError:
         raise UserError("standard input: not UTF-8 text; expected one JSON object a line") from None
+
+
+def _id(row: dict[str, Any]) -> Any:
+    """Return the line's name for itself, which must be possible to write again."""
+    try:
+        json.dumps(row.get("id"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError("id: holds half of a surrogate pair, which is no character") from None
+    return row.get("id")
 
 
 def _prompt(row: dict[str, Any]) -> str | list[int]:
@@ -118,11 +128,13 @@ def _params(row: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
 
 
 def _is(value: Any, kinds: Sequence[type]) -> bool:
-    """Return whether ``value`` is of one of these types; true is no number."""
+    """Return whether ``value`` is of one of these types; true is no number, and no float holds one of 400 digits."""
+    if float in kinds and isinstance(value, int) and abs(value) > sys.float_info.max:
+        return False
     return isinstance(value, tuple(kinds)) and (bool in kinds or not isinstance(value, bool))
 
 
 def _biases(given: dict[str, Any]) -> dict[int, float]:
-    if not all(token.isdecimal() and _is(bias, (int, float)) for token, bias in given.items()):
+    if not all(token.isdecimal() and len(token) < 20 and _is(bias, (int, float)) for token, bias in given.items()):
         raise UserError(f"logit_bias: expected an object of token id and number, got {given!r:.60}")
     return {int(token): bias for token, bias in given.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from mambacus.runtime.errors import UserError
 
-_INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 _MOST_BYTES = 4  # of a character in UTF-8
 
 
@@ -46,7 +46,7 @@ class TextStream:
         decoded = self._decode(self._window)
         self._pending = decoded[len(self._base) :]
         found = self._find_stop(max(0, before - self._longest))
-        if not decoded.endswith(_INCOMPLETE):
+        if not decoded.endswith(INCOMPLETE):
             self._settle(len(self._window), decoded)
         elif len(self._window) - self._settled > 2 * _MOST_BYTES:  # bytes that are no text; what can still become some?
             for rest in range(_MOST_BYTES, 0, -1):

@@ -55,7 +55,7 @@ class QuantisedLinear(nn.Module):
         return quantised_linear(x, self.packed, self.bias)
 
     def rows(self, numbers: Tensor) -> Tensor:
-        """Return rows of the weights, float32 (..., in_features), given their numbers, int64 (...)."""
+        """Return rows of the weights, float32 (..., in_features), given their numbers, int64 or int32 (...)."""
         return quantised_rows(self.packed, numbers)
 
     def extra_repr(self) -> str:
@@ -80,7 +80,11 @@ class QuantisedEmbedding(nn.Module):
         self.head, self.dtype = head, dtype
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the embeddings (batch, seqlen, d_model) of ``input_ids`` (batch, seqlen)."""
+        """Return the embeddings (batch, seqlen, d_model) of ``input_ids``, int64 or int32 (batch, seqlen).
+
+        Raises:
+            IndexError: an id is negative or not below the size of the vocabulary.
+        """
         return self.head.rows(input_ids).to(self.dtype)
 
 

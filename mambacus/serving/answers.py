@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from mambacus.inference import Completion, Engine, Piece, Request, TokenScore
-from mambacus.inference.text import decode
+from mambacus.inference.text import INCOMPLETE, decode
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "stop"}
 
 
 def event(part: dict[str, Any]) -> bytes:
     """Return one server-sent event."""
-    return b"data: " + json.dumps(part, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
+    # All ASCII: there are clients that take U+2028 or U+0085 in a text for the end of a line.
+    return b"data: " + json.dumps(part).encode() + b"\n\n"
 
 
 class Answers:
@@ -102,7 +105,7 @@ class CompletionAnswers(Answers):
         self, model: str, engine: Engine, requests: Sequence[Request], prompts: Sequence[str | list[int]], *, echo: bool
     ) -> None:
         super().__init__(model, engine, requests)
-        self._echo = echo
+        self._echo, self._lengths = echo, Counter[int]()  # characters of the tokens streamed so far, by choice
         self._texts = [p if isinstance(p, str) else decode(self._tokenizer, p) for p in prompts] if echo else []
 
     def _choice(self, index: int, prompt: int, completion: Completion) -> dict[str, Any]:
@@ -122,15 +125,16 @@ class CompletionAnswers(Answers):
         }
 
     def _new(self, index: int, piece: Piece, reason: str | None) -> dict[str, Any]:
-        scores = None if piece.logprobs is None else self._logprobs(piece.token_ids, piece.logprobs)
+        scores = None
+        if piece.logprobs is not None:
+            scores = self._logprobs(piece.token_ids, piece.logprobs, self._lengths[index])
+            self._lengths[index] += sum(map(len, scores["tokens"]))
         return {"index": index, "text": piece.text, "logprobs": scores, "finish_reason": reason}
 
-    def _logprobs(self, ids: Sequence[int], scores: Sequence[TokenScore | None]) -> dict[str, Any]:
+    def _logprobs(self, ids: Sequence[int], scores: Sequence[TokenScore | None], start: int = 0) -> dict[str, Any]:
         """Return the four parallel lists of this API; tokens of one text share a key, the likeliest keeps it."""
         tokens = [self._token(token) for token in ids]
-        offsets = [0]
-        for text in tokens[:-1]:
-            offsets.append(offsets[-1] + len(text))
+        offsets = list(itertools.accumulate(map(len, tokens[:-1]), initial=start))[: len(tokens)]
         tops: list[dict[str, float] | None] = []
         for score in scores:
             if score is None:
@@ -184,7 +188,8 @@ class ChatAnswers(Answers):
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._token(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
+        whole = INCOMPLETE not in text  # else it is part of a character, and its bytes are others
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
 
 
 def decode_token(tokenizer: Any, token: int) -> str:

@@ -20,7 +20,7 @@ from mambacus.runtime.errors import UserError
 from mambacus.serving.answers import Answers, ChatAnswers, CompletionAnswers, event
 from mambacus.serving.limits import Gate, Limits, error_body
 from mambacus.serving.schemas import Answer, ChatRequest, CompletionRequest, ErrorAnswer, ModelCard, ModelList
-from mambacus.serving.service import BrokenError, OverloadedError, Service
+from mambacus.serving.service import LOG, BrokenError, OverloadedError, Service
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The request cannot be honoured; the message says why."},
@@ -29,6 +29,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     408: {"model": ErrorAnswer, "description": "The request took too long."},
     413: {"model": ErrorAnswer, "description": "The body is too large."},
     429: {"model": ErrorAnswer, "description": "Too many completions wait already."},
+    500: {"model": ErrorAnswer, "description": "The model gave no completion: its logits are NaN."},
+    503: {"model": ErrorAnswer, "description": "The engine has stopped."},
 }
 GENERATES: dict[int | str, dict[str, Any]] = REFUSALS | {
     200: {"model": Answer, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
@@ -36,7 +38,7 @@ GENERATES: dict[int | str, dict[str, Any]] = REFUSALS | {
 
 
 class RefusedError(Exception):
-    """A request that gets an error for an answer."""
+    """A request that gets an error for an answer, the client's fault below status 500, the server's from there on."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -78,6 +80,7 @@ class Handlers:
             "prefill_seconds_total": ("counter", "Time spent reading.", stats.prefill_seconds),
             "decode_seconds_total": ("counter", "Time spent choosing.", stats.decode_seconds),
             "state_tokens": ("gauge", "Tokens behind the state that every request goes on from.", service.state_tokens),
+            "failed_requests_total": ("counter", "Requests without a completion: NaN.", service.metrics.failed),
             "completions_active": ("gauge", "Completions being decoded.", service.active),
             "completions_unfinished": ("gauge", "Completions asked for and not finished.", service.unfinished),
         }  # fmt: skip
@@ -95,10 +98,12 @@ class Handlers:
         self._check_model(body.model)
         if body.echo and body.stream:
             raise RefusedError(400, "echo: not together with stream", "unsupported", "echo")
+        body.check()
         prompts = body.prompts()
         scored = bool(body.echo) and body.logprobs is not None
         params = [
-            body.sampling(self._most_tokens(body.max_tokens), body.logprobs, prompt_logprobs=scored) for _ in prompts
+            body.sampling(self._most_tokens(body.max_tokens, body.usual_tokens), body.logprobs, prompt_logprobs=scored)
+            for _ in prompts
         ]
         requests = await self._prepare(prompts, params, stream=bool(body.stream))
         answers = CompletionAnswers(self._name, self._service.engine, requests, prompts, echo=bool(body.echo))
@@ -107,6 +112,7 @@ class Handlers:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer ``POST /v1/chat/completions``."""
         self._check_model(body.model)
+        body.check()
         if body.top_logprobs is not None and not body.logprobs:
             raise RefusedError(400, "top_logprobs: needs logprobs", "unsupported", "top_logprobs")
         prompt = self._chat.prompt([message.plain() for message in body.messages])
@@ -120,13 +126,14 @@ class Handlers:
         if name is not None and name != self._name:
             raise RefusedError(404, f"model {name!r}: not served here; {self._name!r} is", "model_not_found", "model")
 
-    def _most_tokens(self, asked: int | None) -> int:
+    def _most_tokens(self, asked: int | None, usual: int | None = None) -> int:
+        """Return the length limit of a completion: what was asked for, else ``usual``, as far as the server's goes."""
         most = self._limits.new_tokens
         if asked is not None and asked > most:
             raise RefusedError(
                 400, f"max_tokens: expected at most {most}, got {asked}", "too_many_tokens", "max_tokens"
             )
-        return most if asked is None else asked
+        return asked or min(usual or most, most)
 
     async def _prepare(self, prompts: Sequence[Any], params: Sequence[Any], *, stream: bool) -> list[EngineRequest]:
         rows = sum(one.n for one in params)
@@ -150,7 +157,7 @@ class Handlers:
             await _unless_gone(request, answers.read(pieces))
             return JSONResponse(answers.whole())
         usage = body.stream_options is not None and body.stream_options.include_usage
-        first = await anext(pieces)  # what goes wrong before it can still be told in the status
+        first = await _unless_gone(request, anext(pieces))  # what goes wrong before can still be told in the status
         return StreamingResponse(_events(first, pieces, answers, usage), media_type="text/event-stream")
 
     async def _timed(self, requests: list[EngineRequest]) -> AsyncIterator[Piece]:
@@ -171,7 +178,9 @@ class Handlers:
                     metrics.first_token.observe(time.monotonic() - began)
                     waiting = False
                 if piece.error is not None:
-                    raise RefusedError(400, piece.error, "no_completion")
+                    metrics.failed += 1
+                    LOG.error("no completion: %s", piece.error)
+                    raise RefusedError(500, piece.error, "no_completion")
                 yield piece
         metrics.duration.observe(time.monotonic() - began)
 
@@ -185,16 +194,19 @@ async def _events(first: Piece, rest: AsyncIterator[Piece], answers: Answers, us
             async for piece in rest:
                 for part in answers.parts(piece):
                     yield event(part)
-        except (RefusedError, BrokenError) as error:
-            yield b"data: " + error_body(str(error), getattr(error, "code", "broken")) + b"\n\n"
+        except RefusedError as error:
+            yield b"data: " + error_body(str(error), error.code, _kind(error.status)) + b"\n\n"
+            return
+        except BrokenError as error:
+            yield b"data: " + error_body(str(error), "broken", _kind(503)) + b"\n\n"
             return
     if usage:
         yield event(answers.last())
     yield b"data: [DONE]\n\n"
 
 
-async def _unless_gone(request: Request, work: Any) -> None:
-    """Await ``work``, but give it up when the other side leaves."""
+async def _unless_gone(request: Request, work: Any) -> Any:
+    """Return what ``work`` gives, but give it up when the other side leaves."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -205,7 +217,7 @@ async def _unless_gone(request: Request, work: Any) -> None:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
             raise RefusedError(400, "the client left", "client_gone")
-        tasks[0].result()
+        return tasks[0].result()
     finally:
         for task in tasks:
             task.cancel()
@@ -247,8 +259,11 @@ def create_app(service: Service, name: str, chat: ChatTemplate, limits: Limits, 
 
 
 def _error(status: int, message: str, code: str, param: str | None = None, kind: str | None = None) -> Response:
-    kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
-    return Response(error_body(message, code, kind, param), status, media_type="application/json")
+    return Response(error_body(message, code, kind or _kind(status), param), status, media_type="application/json")
+
+
+def _kind(status: int) -> str:
+    return "server_error" if status >= 500 else "invalid_request_error"
 
 
 async def _invalid(_: Request, error: Any) -> Response:

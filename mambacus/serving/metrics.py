@@ -39,12 +39,14 @@ class Metrics:
         requests: answers by (path, status).
         first_token: seconds from a request's arrival to its first token.
         duration: seconds of whole requests.
+        failed: requests that the model gave no completion for.
     """
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()
         self.first_token = Histogram()
         self.duration = Histogram()
+        self.failed = 0
 
     def text(self, gauges: dict[str, tuple[str, str, float]]) -> str:
         """Return the text format.

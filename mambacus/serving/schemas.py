@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StringConstraints,
+    model_validator,
+)
 
 from mambacus.inference import SamplingParams
+from mambacus.runtime.errors import UserError
 
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
+MOST_BIASES = 1024
+MOST_FIELDS = 64  # of an object: each that is not known is an error of its own
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 TokenKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[Finite, Field(ge=-100, le=100)]
 Nothing = Annotated[float, Field(ge=0, le=0)]
+
+
+def _biases(given: Any) -> Any:
+    return _few(given, MOST_BIASES)
+
+
+def _few(given: Any, most: int) -> Any:
+    if isinstance(given, dict) and len(given) > most:
+        raise ValueError(f"expected at most {most} entries, got {len(given)}")
+    return given
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fields(cls, given: Any) -> Any:
+        return _few(given, MOST_FIELDS)
 
 
 class StreamOptions(_Strict):
@@ -38,17 +66,24 @@ class _Sampling(_Strict):
     min_p: Annotated[Finite, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[Finite, Field(gt=0, le=100)] = 1.0
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = 1
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    logit_bias: Annotated[dict[TokenKey, Annotated[Finite, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = (
-        None
-    )
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MOST_BIASES), BeforeValidator(_biases)] | None = None
     ignore_eos: StrictBool = False
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512, description="not used")
     presence_penalty: Nothing | None = 0.0
     frequency_penalty: Nothing | None = 0.0
+
+    def check(self) -> None:
+        """Find fields that do not go together.
+
+        Raises:
+            UserError: such fields.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise UserError("stream_options: needs stream")
 
     def sampling(self, max_tokens: int, logprobs: int | None, **more: Any) -> SamplingParams:
         """Return the engine's parameters; without a seed, one nobody knows."""
@@ -73,15 +108,26 @@ class _Sampling(_Strict):
 class CompletionRequest(_Sampling):
     """The body of ``POST /v1/completions``."""
 
+    usual_tokens: ClassVar[int] = 16
     prompt: (
         str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]], Field(min_length=1, fail_fast=True)
+        ]
     )
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = 16
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="16 if left out")
     logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: StrictBool | None = False
+    best_of: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="as n: all samples are given")
+    suffix: Literal[""] | None = None
+
+    def check(self) -> None:
+        """As that of all requests, and samples that would be made and not given."""
+        super().check()
+        if self.best_of not in (None, self.n or 1):
+            raise UserError(f"best_of: expected n, {self.n or 1}, got {self.best_of}: all samples are given")
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts, one or many, as a list."""
@@ -103,13 +149,14 @@ class Message(_Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = Field(None, max_length=512)
 
     def plain(self) -> dict[str, str]:
-        """Return the message as chat templates take it."""
+        """Return the message as chat templates take it; they know a developer as the system, as OpenAI does."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        name = {} if self.name is None else {"name": self.name}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text, **name}
 
 
 class ResponseFormat(_Strict):
@@ -121,7 +168,7 @@ class ResponseFormat(_Strict):
 class ChatRequest(_Sampling):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = False

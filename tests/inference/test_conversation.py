@@ -230,6 +230,9 @@ def test_template_files_that_are_none(content: bytes | None, message: str, token
 def test_a_template_may_refuse_messages(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "t").write_text("{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}")
     template = load_template(tokenizer, tmp_path / "t")
+    (tmp_path / "t").write_text("{{ messages[0]['content'] + 1 }}")  # Python's own error, no template's
+    with pytest.raises(UserError, match="does not take these messages: can only concatenate str"):
+        load_template(tokenizer, tmp_path / "t").prompt([{"role": "user", "content": "x"}])
     with pytest.raises(UserError, match="does not take these messages: no system"):
         template.prompt([{"role": "user", "content": "?"}])
     assert template.prompt([{"role": "system", "content": "?"}]) == ""

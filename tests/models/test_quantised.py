@@ -120,6 +120,17 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path):
         save(model, tmp_path / "out")
 
 
+def test_token_ids_are_checked_as_those_of_an_embedding():
+    model = small_model().eval()
+    quantise(model, "int8")
+    ids, size = tokens(1, 5), model.config.padded_vocab_size
+    with torch.no_grad():
+        assert torch.equal(model(ids.int()).logits, model(ids).logits)
+        for wrong in (-1, size):
+            with pytest.raises(IndexError, match=f"index {wrong} is out of range: there are {size} rows"):
+                model(torch.tensor([[0, wrong]]))
+
+
 def test_training_is_refused():
     model = small_model()
     quantise(model, "int8")

@@ -9,6 +9,7 @@ from op_cases import poisoned_memory, threads
 
 from mambacus.ops import quantised_linear, quantised_rows
 from mambacus.ops.quantised_linear import FORMATS, interface, pack, quantised_linear_ref, unpack
+from mambacus.ops.tape import Tape
 
 SHAPES = [((1,), 80, 96), ((3,), 50, 48), ((2, 2), 97, 200), ((7,), 1, 17), ((16,), 145, 384), ((65,), 50, 130)]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -107,6 +108,35 @@ def test_rows_are_those_of_the_reference(name):
     with poisoned_memory():
         found = quantised_rows(packed, numbers)
     assert torch.equal(found, unpack(packed)[numbers])
+
+
+@EACH_FORMAT
+def test_rows_may_be_named_by_int32(name):
+    packed = pack(inputs((1,), 40, 200)[1], name)
+    numbers = torch.tensor([[3, 39], [0, 3]], dtype=torch.int32)
+    assert torch.equal(quantised_rows(packed, numbers), unpack(packed)[numbers.long()])
+    with pytest.raises(ValueError, match=r"rows: expected int64 or int32, got torch\.float32"):
+        quantised_rows(packed, numbers.float())
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "torch"])
+@pytest.mark.parametrize("wrong", [-1, 40, 2**40, -(2**62)])
+def test_rows_that_are_not_there_are_refused(kernel, wrong, monkeypatch):
+    packed = pack(inputs((1,), 40, 200)[1], "int8")
+    if not kernel:
+        monkeypatch.setattr(interface, "runs_eagerly_on_cpu", lambda tensor: False)
+    with pytest.raises(IndexError, match=f"index {wrong} is out of range: there are 40 rows" if kernel else "range"):
+        quantised_rows(packed, torch.tensor([3, wrong, 7]))
+
+
+@EACH_FORMAT
+def test_a_tape_that_is_run_again_reads_nothing_but_the_weights(name):
+    packed, numbers = pack(inputs((1,), 40, 200)[1], name), torch.tensor([3, 7, 9])
+    tape, rows = Tape.record(lambda: quantised_rows(packed, numbers))
+    assert len(tape) == 1  # the check is no step
+    numbers.copy_(torch.tensor([2**40, 39, -1]))
+    tape.replay()
+    assert rows[[0, 2]].isnan().all() and torch.equal(rows[1], unpack(packed)[39])
 
 
 @EACH_FORMAT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 
 from mambacus.inference import SamplingParams
 from mambacus.runtime.records import read_record
+from mambacus.serving.answers import event
+from mambacus.serving.schemas import ChatRequest
 
 PROMPT = "Question: Tom has 3 apples and buys 4 more. How many apples does he have?\nAnswer:"
 
@@ -67,6 +70,37 @@ def test_chat_goes_through_the_template(client: Any, offline: Any) -> None:
     assert "".join(part.choices[0].delta.content for part in parts) == expected.text
 
 
+def test_what_openai_lets_clients_leave_out_or_say(server: Any, offline: Any) -> None:
+    """Null is the default, ``best_of`` may be ``n``, a developer is the system, and a name goes to the template."""
+    url = f"{server.url}/v1"
+    null = dict.fromkeys(
+        ("max_tokens", "n", "best_of", "suffix", "stop", "temperature", "logit_bias", "stream_options")
+    )
+    [one] = httpx.post(f"{url}/completions", json={"prompt": PROMPT, "ignore_eos": True} | null).json()["choices"]
+    assert one["finish_reason"] == "length"
+    body = {"prompt": PROMPT, "temperature": 0, "n": 2, "best_of": 2, "suffix": ""}
+    answer = httpx.post(f"{url}/completions", json=body).json()
+    [expected] = complete(offline, PROMPT, max_new_tokens=16)
+    assert [choice["text"] for choice in answer["choices"]] == [expected.text] * 2
+    turns = [{"role": "developer", "content": "Add."}, {"role": "user", "content": "2+2", "name": "Ann"}]
+    chat = httpx.post(f"{url}/chat/completions", json={"messages": turns, "temperature": 0, "max_tokens": 9}).json()
+    [expected] = complete(offline, "system: Add.\nuser: 2+2\nassistant:", max_new_tokens=9)
+    assert chat["choices"][0]["message"]["content"] == expected.text
+    assert ChatRequest(messages=turns).messages[1].plain() == turns[1]
+
+
+def test_the_usual_length_is_no_more_than_the_servers(start: Any) -> None:
+    short = start(model="random:micro", most_new_tokens=5)
+    answer = httpx.post(f"{short.url}/v1/completions", json={"prompt": "a", "ignore_eos": True}, timeout=60).json()
+    assert answer["usage"]["completion_tokens"] == 5
+
+
+def test_an_event_is_one_line_for_every_client() -> None:
+    text = "a\u2028b\x85c\n東京\x0b"
+    data = event({"text": text})
+    assert data.decode().splitlines() == [data.decode().rstrip("\n"), ""] and json.loads(data[6:]) == {"text": text}
+
+
 def test_a_conversation_reads_only_what_is_new(server: Any, client: Any) -> None:
     turns = [{"role": "user", "content": "Tell me a long story about " + "a very old house and " * 8}]
     for turn in range(3):
@@ -90,11 +124,24 @@ def test_logprobs(client: Any, offline: Any) -> None:
     assert found.logprobs.token_logprobs[1:] == pytest.approx(values, abs=1e-4)
     assert "".join(found.logprobs.tokens) == found.text
     streamed = [part.choices[0].logprobs for part in client.completions.create(**settings, stream=True)]
+    plain = client.completions.create(**settings).choices[0].logprobs
+    assert [place for part in streamed if part for place in part.text_offset] == plain.text_offset
     assert [value for part in streamed if part for value in part.token_logprobs] == pytest.approx(values[-4:], abs=1e-4)
     chat = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=3, logprobs=True, top_logprobs=2
     )
     assert [len(one.top_logprobs) for one in chat.choices[0].logprobs.content] == [2, 2, 2]
+
+
+def test_parts_of_characters_have_no_bytes_of_their_own(client: Any, offline: Any) -> None:
+    ids = offline.encode("東")
+    assert len(ids) > 1  # no token of `tiny` is the whole character
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=1, logprobs=True, temperature=0,
+        logit_bias={ids[0]: 100},
+    )  # fmt: skip
+    [score] = answer.choices[0].logprobs.content
+    assert score.token == "\ufffd" and score.bytes is None
 
 
 def test_models_health_and_metrics(server: Any, client: Any) -> None:
@@ -139,8 +186,6 @@ async def _stream_all(url: str, bodies: list[dict[str, Any]]) -> list[str]:
 
 
 async def _stream(http: httpx.AsyncClient, body: dict[str, Any]) -> str:
-    import json
-
     text = ""
     async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
         assert answer.status_code == 200

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from mambacus.cli import main
 from mambacus.runtime.errors import UserError
@@ -56,6 +57,11 @@ LONG = {"prompt": "a", "max_tokens": 4000, "ignore_eos": True}
         ("completions", {"prompt": "a", "presence_penalty": 0.5}, "presence_penalty"),
         ("completions", {"prompt": "a", "seed": 2**70}, "seed"),
         ("completions", {"prompt": "a", "echo": True, "stream": True}, "echo"),
+        ("completions", {"prompt": "a", "stream_options": {}}, "stream_options: needs stream"),
+        ("completions", {"prompt": "a", "best_of": 3, "n": 2}, "best_of: expected n, 2, got 3"),
+        ("completions", {"prompt": "a", "suffix": " end"}, "suffix"),
+        ("completions", {"prompt": "a", "temperature": 10**400}, "temperature"),
+        ("completions", {"prompt": "a", "logit_bias": {"1": 10**400}}, "logit_bias"),
         ("chat/completions", {"messages": []}, "messages"),
         ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "role"),
         ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": []}, "tools"),
@@ -101,6 +107,28 @@ def test_the_key(start: Callable[..., Any], tmp_path: Path) -> None:
             assert httpx.get(guarded.url + path, headers=headers).status_code == status, (path, headers)
     assert httpx.get(f"{guarded.url}/health").status_code == 200
     assert httpx.post(f"{guarded.url}/v1/completions", json={"prompt": "a"}).status_code == 401
+
+
+@pytest.mark.parametrize("space", ["\n", " \r\n", ""])
+def test_the_key_of_the_environment_may_end_in_a_newline(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, space: str
+) -> None:
+    monkeypatch.setenv("MAMBACUS_API_KEY", "s3cret" + space)
+    guarded = start(model="random:micro")
+    for key, status in (("s3cret", 200), ("wrong", 401)):
+        assert httpx.get(f"{guarded.url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == status
+
+
+@pytest.mark.parametrize(("key", "got"), [("", "nothing"), (" \n", "nothing"), ("a\nb\n", "2 lines")])
+def test_a_key_that_is_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, got: str
+) -> None:
+    (tmp_path / "key").write_text(key)
+    assert main(["serve", "--model", "random:micro", "--api-key-file", str(tmp_path / "key")]) == 2
+    assert f"--api-key-file {tmp_path / 'key'}: expected a key, got {got}\n" in capsys.readouterr().err
+    monkeypatch.setenv("MAMBACUS_API_KEY", key)
+    assert main(["serve", "--model", "random:micro"]) == 2
+    assert f"MAMBACUS_API_KEY: expected a key, got {got}\n" in capsys.readouterr().err
 
 
 def test_what_is_too_much_or_too_long(start: Callable[..., Any]) -> None:
@@ -162,6 +190,72 @@ def test_a_fault_of_the_engine_hangs_nobody(start: Callable[..., Any], monkeypat
         answer = httpx.post(f"{broken.url}/v1/completions", json={"prompt": "a"}, timeout=60)
         assert answer.status_code == 503 and "out of luck" in answer.json()["error"]["message"]
     assert httpx.get(f"{broken.url}/health").status_code == 503
+
+
+def test_logits_that_are_nan_are_the_fault_of_the_server(
+    start: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    ill = start(model="random:micro")
+    with torch.no_grad():
+        ill.engine.model.backbone.norm_f.weight.fill_(float("nan"))
+    for stream in (False, True):
+        body = {"prompt": "a", "max_tokens": 2, "stream": stream}
+        answer = httpx.post(f"{ill.url}/v1/completions", json=body, timeout=60)
+        error = answer.json()["error"]
+        assert answer.status_code == 500 and error["type"] == "server_error" and "logits are NaN" in error["message"]
+    assert [one.levelname for one in caplog.records if "logits are NaN" in one.message] == ["ERROR", "ERROR"]
+    assert "mambacus_failed_requests_total 2\n" in httpx.get(f"{ill.url}/metrics").text
+    assert httpx.get(f"{ill.url}/health").status_code == 200
+
+
+def test_nan_in_the_middle_of_a_stream_is_told_there(start: Callable[..., Any]) -> None:
+    ill = start(model="random:micro")
+    body = {"prompt": "a", "max_tokens": 4000, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{ill.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: {")
+        with torch.no_grad():
+            ill.engine.model.backbone.norm_f.weight.fill_(float("nan"))
+        error = json.loads([line for line in lines if line][-1].removeprefix("data: "))["error"]
+    assert error["type"] == "server_error" and "logits are NaN" in error["message"]
+
+
+def test_a_stream_whose_client_leaves_before_the_first_token_is_not_read_on(start: Callable[..., Any]) -> None:
+    long = start(model="random:micro", prefill_tokens=1, most_prompt_tokens=100_000)
+    body = {"prompt": "a" * 60_000, "max_tokens": 2, "stream": True}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{long.url}/v1/completions", json=body, timeout=0.5)
+    for _ in range(100):
+        if "completions_unfinished 0" in httpx.get(f"{long.url}/metrics").text:
+            assert long.engine.stats.prompt_tokens < 60_000
+            return
+        time.sleep(0.05)
+    pytest.fail("it is read on")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [True] * 1000},
+        {"prompt": [[-1]] * 1000},
+        {"prompt": ["a", *[1] * 1000]},
+        {"prompt": "a", "stop": [1] * 1000},
+        {"prompt": "a", "logit_bias": {f"x{i}": 1 for i in range(2000)}},
+        {"prompt": "a"} | {f"x{i}": 1 for i in range(1000)},
+        {"messages": [{}] * 1000},
+        {"messages": [{"role": "user", "content": [{}] * 1000}]},
+    ],
+    ids=lambda body: "+".join(list(body)[:2]),
+)
+def test_a_body_of_faults_is_refused_at_its_first(body: dict[str, Any]) -> None:
+    """Or four megabytes of them would take a gigabyte and hold up all streams."""
+    from pydantic import ValidationError
+
+    from mambacus.serving.schemas import ChatRequest, CompletionRequest
+
+    with pytest.raises(ValidationError) as found:
+        (ChatRequest if "messages" in body else CompletionRequest).model_validate(body)
+    assert found.value.error_count() <= 5
 
 
 def test_sigterm_lets_open_streams_finish() -> None:

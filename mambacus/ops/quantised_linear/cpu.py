@@ -281,12 +281,16 @@ def write_plane(y, w, scale):
 
 @Kernel
 def unpack_kernel(p, thread, threads):
-    """Write the chosen rows of weights as float32, padding too."""
-    rows, blocks, bits, chosen, codes, scales, y = p[0], p[1], p[2], p[3], p[4], p[5], p[6]
+    """Write the chosen rows of weights as float32, padding too; a number that no row has gives NaN."""
+    rows, blocks, bits, outputs, chosen, codes, scales, y = p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]
     planes = 16 // bits
     shrink = np.float32(1.0) / np.float32(1 << (16 - bits))
     for task in range(rows * thread // threads, rows * (thread + 1) // threads):
         row = load_int64(chosen + 8 * task)
+        if row < 0 or row >= outputs:  # `unpack_rows` checks, but a tape that is run again does not
+            for k in range(0, blocks * planes * WORDS, LANES):
+                store(y + 4 * (task * blocks * planes * WORDS + k), splat(np.nan))
+            continue
         for block in range(blocks):
             target = y + 4 * planes * WORDS * (task * blocks + block)
             place = codes + BLOCK_BYTES * (row * blocks + block)
@@ -307,11 +311,20 @@ def unpack_kernel(p, thread, threads):
 
 
 def unpack_rows(weight: Packed, rows: Tensor) -> Tensor:
-    """Return rows of weights as float32 (n, in_features), given their numbers, int64 (n,); equal to `unpack`'s."""
-    rows = rows.contiguous()
+    """Return rows of weights as float32 (n, in_features), given their numbers, (n,); equal to `unpack`'s.
+
+    Raises:
+        IndexError: there is no row of such a number.
+    """
+    rows = rows.to(torch.int64).contiguous()
+    outputs = len(weight.codes)
+    numbers = rows.numpy()  # torch's own minimum takes longer than the row, and a tape would keep it
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < outputs:
+        wrong = next(number for number in numbers.tolist() if not 0 <= number < outputs)
+        raise IndexError(f"index {wrong} is out of range: there are {outputs} rows")
     padded = weight.codes.shape[1] * weight.format.planes
     y = new(len(rows), padded)
     threads = thread_count(len(rows), len(rows) * padded * NANOSECONDS_PER_WEIGHT)
     addresses = (tensor.data_ptr() for tensor in (rows, weight.codes, weight.scales, y))
-    unpack_kernel((len(rows), weight.codes.shape[1] // WORDS, weight.format.bits, *addresses), threads)
+    unpack_kernel((len(rows), weight.codes.shape[1] // WORDS, weight.format.bits, outputs, *addresses), threads)
     return y if padded == weight.length else y[:, : weight.length]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mambacus.ops.dispatch import runs_eagerly_on_cpu
@@ -57,10 +58,18 @@ def quantised_linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> T
 
 
 def quantised_rows(weight: Packed, rows: Tensor) -> Tensor:
-    """Return rows of quantised weights as float32 (..., in_features), given their numbers, int64 (...)."""
+    """Return rows of quantised weights as float32 (..., in_features), given their numbers, int64 or int32 (...).
+
+    Raises:
+        ValueError: the numbers are of another dtype.
+        IndexError: there is no row of such a number.
+    """
+    if rows.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"rows: expected int64 or int32, got {rows.dtype}")
     if not runs_eagerly_on_cpu(rows):
         chosen = rows.flatten()
-        part = Packed(weight.format, weight.codes[chosen], weight.scales[chosen], weight.length)
+        codes, scales = F.embedding(chosen, weight.codes), F.embedding(chosen, weight.scales)
+        part = Packed(weight.format, codes, scales, weight.length)
         return unpack(part).view(*rows.shape, weight.length)
     from mambacus.ops.quantised_linear.cpu import unpack_rows
 
