@@ -36,9 +36,10 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# every module imports with nothing but the package's own dependencies (Triton's kernels need Triton, the server its extra; both are left out)
+# every module imports with nothing but the package's own dependencies, whatever else is in .venv (Triton's kernels need
+# Triton, the server its extra; both are left out)
 imports: $(VENV)/.minimal
-	$(BIN)/python -c "import importlib, pkgutil, mambacus; \
+	$(BIN)/python .ci/minimal.py -c "import importlib, pkgutil, mambacus; \
 	names = [m.name for m in pkgutil.walk_packages(mambacus.__path__, 'mambacus.')]; \
 	[importlib.import_module(n) for n in names if '.gpu_triton' not in n and '.serving.' not in n and not n.endswith('.__main__')]; print(len(names), 'modules')"
 

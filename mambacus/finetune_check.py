@@ -33,6 +33,20 @@ class Questions:
     max_new_tokens: int = 160
     max_length: int = 1024
 
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, as lm_eval knows them."""
+        if self.data_dir is None:
+            return ["text_sample"]
+        folder = self.data_dir / "zeroshot"
+        return ["text_sample", *(name for name in ZERO_SHOT if any(folder.glob(f"{name}*")))]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the questions: answers may be compared where it is equal."""
+        folder = None if self.data_dir is None else str(self.data_dir.resolve())
+        return dataclasses.asdict(self) | {"data_dir": folder, "tasks": self.tasks}
+
 
 def choose_questions(data: str, held_out: str, count: int, data_dir: Path | None, max_length: int) -> Questions:
     """Return the questions for a run: those of ``held_out``, else of the test split of the set trained on."""
@@ -91,10 +105,7 @@ def _tasks(model: Any, tokenizer: Any, questions: Questions) -> Answers:
     from mambacus.evals.catalogue import load_tasks, quiet
     from mambacus.evals.harness import MambacusLM
 
-    names = ["text_sample"]
-    if questions.data_dir is not None:
-        names += [name for name in ZERO_SHOT if any((questions.data_dir / "zeroshot").glob(f"{name}*"))]
-    tasks, manager = load_tasks(names, questions.data_dir)
+    tasks, manager = load_tasks(questions.tasks, questions.data_dir)
     with quiet():
         found = simple_evaluate(
             model=MambacusLM(model, tokenizer), tasks=tasks, task_manager=manager, limit=questions.count,
@@ -140,18 +151,23 @@ def _nats(rows: Any) -> float:
 
 
 def answers_of_base(out: Path, model: str, device: Any, questions: Questions) -> Answers:
-    """Return the base model's answers: those of an earlier attempt in ``out``, else asked now and written there."""
+    """Return the base model's answers: those in ``out`` if they are to the same questions, else new ones.
+
+    New ones are written there, in the place of answers that an earlier attempt got to other questions.
+    """
     import torch
 
     from mambacus.models import load
 
     path = out / BEFORE
     if path.is_file():
-        stored: Answers = read_json(path)["answers"]
-        return stored
+        stored = read_json(path)
+        if stored.get("questions") == questions.identity:
+            kept: Answers = stored["answers"]
+            return kept
     base, tokenizer = load(model, device=device, dtype=torch.float32)
     answers = ask(base, tokenizer, questions)
-    write_json_atomic(path, {"answers": answers})
+    write_json_atomic(path, {"questions": questions.identity, "answers": answers})
     return answers
 
 

@@ -27,7 +27,7 @@ def estimate(plan: Plan) -> tuple[list[Estimate], str]:
 
     from mambacus.measuring.speed import measure_speed
     from mambacus.models.costs import costs_of
-    from mambacus.runtime.device import resolve_device
+    from mambacus.runtime.device import has_bfloat16, resolve_device
     from mambacus.studies.estimate import Speed, dtype_of, estimate_plan, source_of, sources_of
 
     plan = filled(plan)
@@ -37,13 +37,14 @@ def estimate(plan: Plan) -> tuple[list[Estimate], str]:
     made = sources_of(plan)
     costs = {name: costs_of(name) for name in dict.fromkeys(source_of(step, made) for step in plan.steps)}
     widths = {shape.width for shape in costs.values() if shape is not None}
-    dtypes = {dtype_of(step, device.type) for step in plan.steps if step.verb != "merge"}
-    if device.type == "cpu":
-        dtypes = {"float32"}  # products of other dtypes may crawl here, and ours do not use them
-    figures = measure_speed(device, widths, dtypes or {"float32"})
+    able = has_bfloat16(device)
+    steps = [step for step in plan.steps if step.verb != "merge"]
+    if device.type == "cpu":  # torch's products of other dtypes may crawl; only training uses them, where they do not
+        steps = [step for step in steps if able and step.verb == "finetune"]
+    figures = measure_speed(device, widths, {"float32", *(dtype_of(step, able) for step in steps)})
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     where = f"Estimated for this machine ({name})" + ("" if there else f", which has no {wanted}")
-    return estimate_plan(plan, costs, Speed(device.type, figures)), where
+    return estimate_plan(plan, costs, Speed(device.type, figures, able)), where
 
 
 def filled(plan: Plan) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambacus import finetune
+from mambacus import finetune, finetune_check
 from mambacus.cli import main
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Record, read_record
@@ -224,7 +225,6 @@ def test_a_killed_run_resumes_to_the_same_adapter(config: Callable[..., finetune
             "check",
         )
     ]
-    flags.append("--check=0")
     threads = str(torch.get_num_threads())  # sums in another order would differ in the last bit
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     process = subprocess.Popen(
@@ -325,6 +325,33 @@ def test_a_run_ends_with_its_gain_and_its_cost(
     from mambacus.finetune_check import summary
 
     assert len(summary(found)) == 3 and all(" -> " in line for line in summary(found))
+
+
+def test_the_base_is_asked_again_when_the_questions_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def ask(model: object, tokenizer: object, questions: finetune_check.Questions) -> finetune_check.Answers:
+        asked.append(questions)
+        return {"accuracy:x": [[float(len(asked))]]}
+
+    monkeypatch.setattr(finetune_check, "ask", ask)
+    monkeypatch.setattr("mambacus.models.load", lambda *args, **settings: (None, None))
+    data = tmp_path / "data"
+    first = finetune_check.Questions("gsm8k", 2, data)
+
+    def answers(questions: finetune_check.Questions) -> float:
+        found = finetune_check.answers_of_base(tmp_path, "tiny", torch.device("cpu"), questions)
+        return found["accuracy:x"][0][0]
+
+    assert [answers(first), answers(first)] == [1, 1]
+    for change in ({"count": 3}, {"bench": "svamp"}, {"data_dir": None}):
+        questions = dataclasses.replace(first, **change)  # type: ignore[arg-type]
+        before = len(asked)
+        assert [answers(questions), answers(questions)] == [before + 1] * 2, change
+    (data / "zeroshot").mkdir(parents=True)
+    assert answers(first) == 5
+    (data / "zeroshot" / "arc_easy").mkdir()
+    assert answers(first) == 6  # one task more to ask
 
 
 def test_the_verdict_follows_the_interval() -> None:

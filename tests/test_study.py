@@ -16,8 +16,12 @@ from synthetic_records import coin, flip, record, texts, write_evaluate, write_r
 
 from mambacus import bench, bench_generation, evaluate, finetune, merge, report, solve, study
 from mambacus.cli import main
+from mambacus.measuring.cases import Case
+from mambacus.measuring.journal import RowJournal, journal_path
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import read_record
+from mambacus.studies import progress
+from mambacus.studies.plan import Step
 
 REAL = {
     "bench": bench,
@@ -215,6 +219,18 @@ def test_killed_attempts_are_continued_or_cleared(stubs, recipe, tmp_path):
     assert configs["finetune m+lora"].resume
     assert configs["solve m+lora"].overwrite
     assert not (tmp_path / "s" / "merge" / "m+lora" / "half.safetensors").exists()
+
+
+def test_a_killed_benchmark_keeps_its_finished_rows(tmp_path):
+    config = bench.Config("train", tmp_path / "bench.json")
+    case = Case("train", "mambacus", "micro", "float32", 1, 8)
+    path = journal_path(config.out)
+    RowJournal(path, resume=False, overwrite=False).add(case, {"median_ms": 1.0})
+    again = progress.prepare(Step("bench", "bench", "train", config, config.out))
+    kept = RowJournal(path, resume=again.resume, overwrite=again.overwrite)
+    assert kept.find(case) == {"median_ms": 1.0}
+    generation = bench_generation.Config("tiny", tmp_path / "g.json")
+    assert progress.prepare(Step("bench", "bench generation", "tiny", generation, generation.out)).overwrite
 
 
 def test_stand_ins_and_limits_reach_the_page(stubs, recipe, tmp_path):

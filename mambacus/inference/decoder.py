@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mambacus.inference.watch import Watch
 from mambacus.models import MambaLM, MambaState
+from mambacus.models.mamba import MambaMixer
 from mambacus.models.primed import PrimedModel
 from mambacus.ops.tape import Tape
 
@@ -52,11 +54,21 @@ class Decoder:
         self._graphs_wanted = graphs and self._model is base
         self._graphs: dict[int, tuple[Any, Tensor]] = {}  # bucket -> graph, the logits it writes
         self._tapes: dict[int, Taped | None] = {}  # rows -> None after the first step
-        self._taped_of: Any = None  # what the tapes depend on, as it was when they were recorded
-        self._parameters: list[nn.Parameter] = []
+        self._watch: Watch | None = None  # the model that the tapes are of
         self._graph_memory: Any = None  # shared: one step's numbers are read before the next one's are written
         self._input: Tensor | None = None
         self._weights = (0, torch.device("cpu"), torch.float32)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Take notice of numbers written into ``A_log`` through ``.data``, which torch does not count as a change.
+
+        Call it before a run. Steps need no such look at other parameters: kernels read them where they lie.
+        """
+        for mixer in (module for module in self._base.modules() if isinstance(module, MambaMixer)):
+            A_log = mixer.A_log
+            if A_log.device.type == "cpu" and not torch.equal(mixer.decay(), -torch.exp(A_log)):
+                torch.autograd.graph.increment_version(A_log)
 
     def put(self, state: MambaState, slot: int, count: int) -> None:
         """Write ``state`` (one row) into ``count`` slots from ``slot`` on."""
@@ -85,7 +97,7 @@ class Decoder:
         """
         rows = len(tokens)
         pool = self._room(rows)
-        if self._graphs_wanted and tokens.is_cuda:
+        if self._graphs_wanted and tokens.is_cuda and self._is_plain():
             return self._replay(tokens)
         if rows <= TAPED_ROWS and tokens.device.type == "cpu" and self._is_plain():
             return self._play(tokens, _first(pool, rows))
@@ -93,10 +105,7 @@ class Decoder:
 
     def _play(self, tokens: Tensor, state: MambaState) -> Tensor:
         """Make the step from its tape: the first step of a size runs freely, the second is recorded."""
-        base, rows = self._base, len(tokens)
-        if self._taped_of != self._made_of():
-            self._parameters, self._tapes = list(base.parameters()), {}
-            self._taped_of = self._made_of()
+        rows = len(tokens)
         if rows not in self._tapes:
             self._tapes[rows] = None
             return self._run(tokens[:, None], state)
@@ -111,19 +120,12 @@ class Decoder:
         return taped.logits.clone()
 
     def _is_plain(self) -> bool:
-        """Tell whether the step is nothing but the model's own: no adapter, and no one else's code in or around it.
-
-        Parameters made in inference mode do not tell when they change.
-        """
-        base = self._base
-        own = type(base) is MambaLM and "forward" not in vars(base) and not base._forward_hooks
-        return own and self._model is base and base.adapter is None and not base.backbone.norm_f.weight.is_inference()
-
-    def _made_of(self) -> Any:
-        """Return what tapes depend on: where parameters lie, and A_log, of which the model keeps what it computes."""
-        mixers: list[Any] = [layer.mixer for layer in self._base.backbone.layers]
-        versions = [mixer.A_log._version for mixer in mixers]
-        return self._base.quantisation, mixers[0].backend, versions, [p.data_ptr() for p in self._parameters]
+        """Tell whether the step is nothing but the model's own; if the model changed, forget what was recorded."""
+        if self._model is not self._base:
+            return False
+        if self._watch is None or not self._watch.unchanged():
+            self._watch, self._tapes, self._graphs = Watch(self._base), {}, {}
+        return self._watch.plain
 
     def _run(self, tokens: Tensor, state: MambaState) -> Tensor:
         out = self._model(input_ids=tokens, state=state, reuse_state=True)

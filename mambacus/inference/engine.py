@@ -157,6 +157,7 @@ class Engine:
     def scheduler(self) -> Scheduler:
         """Return what runs requests step by step, as a server needs it; it has rows of its own."""
         decoder, self._decoder = self._decoder or Decoder(self.model, self._base, self.batch_size), None
+        decoder.begin()
         scheduler = Scheduler(
             self.model, self._base, decoder, self.tokenizer, self._eos, self.prefill_tokens, self.prefix_cache,
             self.stats,

@@ -42,6 +42,13 @@ def resolve_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether ``device`` multiplies bfloat16 in hardware: a GPU, or a CPU with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this process so far: allocated GPU bytes on CUDA, resident set size on the CPU."""
     if device.type == "cuda":

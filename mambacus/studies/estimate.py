@@ -47,10 +47,12 @@ class Speed:
     Attributes:
         device: ``cpu`` or ``cuda``.
         figures: its measurements.
+        bfloat16: it multiplies bfloat16 in hardware, so that training does.
     """
 
     device: str
     figures: Mapping[str, float]
+    bfloat16: bool = False
 
     def gemm(self, dtype: str, width: int) -> float:
         """Return operations a second; on a CPU the better of the two dtypes, whose kernels of ours need no hardware."""
@@ -97,13 +99,13 @@ def source_of(step: Step, made: Mapping[str, str]) -> str:
     return f"random:{name}" if step.verb == "bench" else made.get(name, name)
 
 
-def dtype_of(step: Step, device: str) -> str:
-    """Return the dtype of a step's matrix products; the default of training is bfloat16 on a GPU."""
+def dtype_of(step: Step, bfloat16: bool) -> str:
+    """Return the dtype of a step's matrix products; the default of training is ``bfloat16`` where hardware has it."""
     if step.verb == "bench":
         return "bfloat16" if {"bfloat16", "mixed"} & set(step.config.dtypes) else "float32"
     dtype = str(step.config.dtype)
     if dtype == "auto":
-        return "bfloat16" if device == "cuda" else "float32"
+        return "bfloat16" if bfloat16 else "float32"
     return dtype
 
 
@@ -136,7 +138,7 @@ def estimate_step(step: Step, work: Work, shape: Costs, speed: Speed) -> Estimat
     """Return the estimate of one step."""
     if work.unknown:
         return Estimate(unknown=work.unknown)
-    size = 4 if dtype_of(step, speed.device) == "float32" or step.verb in ("finetune", "merge") else 2
+    size = 4 if dtype_of(step, speed.bfloat16) == "float32" or step.verb in ("finetune", "merge") else 2
     weights = shape.total_parameters * size
     if step.verb == "merge":
         return Estimate(seconds=EVERY_STEP + 4 * weights / LOADING, memory_bytes=PROCESS_BYTES["cpu"] + 2.5 * weights)
@@ -158,7 +160,7 @@ def estimate_step(step: Step, work: Work, shape: Costs, speed: Speed) -> Estimat
 def _seconds(
     step: Step, work: Work, shape: Costs, speed: Speed, forward: float, backward: float, weights: float
 ) -> float:
-    gemm = speed.gemm(dtype_of(step, speed.device), shape.width)
+    gemm = speed.gemm(dtype_of(step, speed.bfloat16), shape.width)
     call = speed.figures["call_seconds"]
     side = "ours" if shape.family == "mamba" else "hf"
     layer = OPERATIONS[side, speed.device] * call * shape.n_layer
@@ -178,7 +180,7 @@ def _memory(step: Step, work: Work, shape: Costs, speed: Speed, weights: float, 
     """Return bytes: the process, the weights, and what a batch holds: activations, logits, state or cache."""
     held = work.rows * work.longest
     if work.trained:
-        small = 2 if dtype_of(step, speed.device) == "bfloat16" else 4
+        small = 2 if dtype_of(step, speed.bfloat16) == "bfloat16" else 4
         saved = held * shape.n_layer * SAVED_NUMBERS * shape.width * small
         logits = held * shape.vocab_size * 4 * (2 if speed.device == "cpu" else 0.25)  # a GPU holds parts of them
         full = step.verb == "finetune" and step.config.method == "full"

@@ -68,6 +68,8 @@ def prepare(step: Step) -> Any:
         return dataclasses.replace(step.config, resume=True)
     if step.verb == "merge" and step.config.out.exists():
         shutil.rmtree(step.config.out)  # a merge without a record is half written; it is made again in seconds
+    if step.verb == "bench":
+        return dataclasses.replace(step.config, resume=True, overwrite=True)  # rows of finished cases are kept
     if hasattr(step.config, "overwrite"):
         return dataclasses.replace(step.config, overwrite=True)  # only items without their record can be there
     return step.config

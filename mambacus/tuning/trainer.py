@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from mambacus.runtime.device import peak_memory_bytes
+from mambacus.runtime.device import has_bfloat16, peak_memory_bytes
 from mambacus.runtime.errors import UserError
 from mambacus.tuning import processes
 from mambacus.tuning.audit import FrozenCheck, GradientAudit, TrainingStoppedError, first_bad_module
@@ -76,18 +76,12 @@ def choose_autocast(dtype: str, device: torch.device) -> torch.dtype | None:
         )
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype: expected auto, float32 or bfloat16, got {dtype!r}")
-    able = _has_bfloat16(device)
+    able = has_bfloat16(device)
     if dtype == "bfloat16" and not able:
         raise UserError(
             f"--dtype bfloat16: this {device.type} has no bfloat16 arithmetic and would emulate it; use float32"
         )
     return torch.bfloat16 if able and dtype != "float32" else None
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def train(

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from mambacus.inference import Engine, SamplingParams
 from mambacus.inference.decoder import TAPED_ROWS, Decoder
+from mambacus.inference.watch import Watch
 from mambacus.models import MambaLM
+from mambacus.models.mamba import RMSNorm
 from mambacus.models.quantised import quantise
 
 
@@ -41,17 +45,41 @@ def test_steps_as_the_model_does(model: MambaLM, weights: str | None, dtype: tor
     assert (decoder._tapes.get(rows) is not None) == (rows <= TAPED_ROWS)
 
 
+def twice(*args: Any) -> Any:
+    """As a hook of a module: what it gives, or takes, doubled."""
+    return args[-1] * 2 if isinstance(args[-1], torch.Tensor) else (args[-1][0] * 2, *args[-1][1:])
+
+
+def step_optimiser(model: MambaLM) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+    model.zero_grad()
+
+
+def double_output(module: torch.nn.Module) -> None:
+    forward = module.forward
+    module.forward = lambda *args: forward(*args) * 2  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda model: model.backbone.layers[1].mixer.A_log.add_(0.5),
         lambda model: model.backbone.layers[1].mixer.in_proj.weight.mul_(2),
+        lambda model: model.backbone.layers[0].mixer.dt_proj.bias.data.add_(1),
+        lambda model: model.backbone.layers[0].mixer.conv1d.weight.data.mul_(2),
+        step_optimiser,
         lambda model: model.lm_head.weight.set_(model.lm_head.weight.clone() * 2),
+        lambda model: setattr(model.lm_head, "weight", torch.nn.Parameter(model.lm_head.weight * 2)),
+        lambda model: model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()}, assign=True),
         lambda model: quantise(model, "int8"),
         lambda model: model.set_backend("reference"),
+        lambda model: setattr(model.backbone.layers[1].mixer, "out_proj", model.backbone.layers[0].mixer.out_proj),
     ],
-    ids=["A_log", "in place", "in other memory", "quantised", "backend"],
-)
+    ids=["A_log", "in place", "dt_proj.bias", "conv1d", "optimiser", "in other memory", "another parameter", "assigned",
+         "quantised", "backend", "another module"],
+)  # fmt: skip
 def test_sees_a_model_that_changed(model: MambaLM, change: Any) -> None:
     model = copy.deepcopy(model)
     decoder = Decoder(model, model, 2)
@@ -59,6 +87,73 @@ def test_sees_a_model_that_changed(model: MambaLM, change: Any) -> None:
     with torch.no_grad():
         change(model)
     assert steps(model, decoder, 1) == 0
+    assert decoder._tapes[1] is not None
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda model: model.register_forward_pre_hook(lambda *args: None),
+        lambda model: model.backbone.layers[0].mixer.out_proj.register_forward_hook(twice),
+        lambda model: model.backbone.layers[1].mixer.in_proj.register_forward_pre_hook(twice),
+        lambda model: register_module_forward_hook(lambda m, _, out: out * 2 if m is model.lm_head else None),
+        lambda model: register_module_forward_pre_hook(lambda m, args: twice(args) if m is model.lm_head else None),
+        lambda model: double_output(model.backbone.layers[1].mixer.x_proj),
+    ],
+    ids=["on the model", "hook", "pre-hook", "hook of all", "pre-hook of all", "forward"],
+)
+def test_runs_the_code_of_others(model: MambaLM, add: Any) -> None:
+    model = copy.deepcopy(model)
+    decoder = Decoder(model, model, 2)
+    assert steps(model, decoder, 1) == 0
+    handle = add(model)
+    try:
+        assert steps(model, decoder, 1) == 0
+        assert not decoder._tapes
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert steps(model, decoder, 1) == 0
+
+
+def test_sees_a_class_that_changed(model: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(model, model, 2)
+    assert steps(model, decoder, 1) == 0
+    forward = RMSNorm.forward
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x, added=None: forward(self, x * 2, added))
+    assert steps(model, decoder, 1) == 0
+
+
+def test_every_module_s_backend_counts(model: MambaLM) -> None:
+    model = copy.deepcopy(model)
+    for module in (model.backbone.layers[1].mixer, model.backbone.layers[1].mixer.conv1d):
+        watch = Watch(model)
+        assert watch.plain and watch.unchanged()
+        module.backend = "reference"
+        assert watch.plain and not watch.unchanged()
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_two_runs_of_an_engine_see_new_numbers_between_them(model: MambaLM, weights: str | None) -> None:
+    model = copy.deepcopy(model)
+    if weights:
+        quantise(model, weights)
+    engine = Engine(model)
+
+    def complete(engine: Engine) -> Any:
+        [[completion]] = engine.generate([[5, 17, 200]], SamplingParams(max_new_tokens=12, ignore_eos=True, logprobs=1))
+        return completion.token_ids, completion.logprobs
+
+    mixer: Any = model.backbone.layers[1].mixer
+    found = [complete(engine)]
+    changed = [mixer.A_log.data, mixer.dt_proj.bias, mixer.conv1d.weight]
+    changed += [mixer.in_proj.scales.data, model.lm_head.scales] if weights else [mixer.in_proj.weight.data]
+    for tensor in changed:
+        with torch.no_grad():
+            tensor.mul_(1.5)
+        found.append(complete(engine))
+        assert found[-1] == complete(Engine(copy.deepcopy(model)))
+        assert found[-1] != found[-2]
 
 
 def test_what_cannot_be_watched_is_stepped_freely(model: MambaLM) -> None:

@@ -28,12 +28,14 @@ def plan_of(recipe: str, **settings: object) -> Plan:
     return study.prepare(study.Config(recipe, **settings))[1]
 
 
-def estimates_of(plan: Plan, factor: float = 1.0) -> list[Estimate]:
+def estimates_of(plan: Plan, factor: float = 1.0, *, bfloat16: bool = False) -> list[Estimate]:
     plan = filled(plan)
     made = sources_of(plan)
     costs = {source_of(step, made): costs_of(source_of(step, made)) for step in plan.steps}
     figures = {name: value / factor if name == "call_seconds" else value * factor for name, value in FIGURES.items()}
-    return estimate_plan(plan, costs, Speed("cpu", figures))
+    if bfloat16:
+        figures |= {name.replace("float32", "bfloat16"): 4 * value for name, value in figures.items() if "gemm" in name}
+    return estimate_plan(plan, costs, Speed("cpu", figures, bfloat16))
 
 
 def test_every_step_of_the_original_study_is_estimated():
@@ -64,6 +66,17 @@ def test_a_faster_machine_takes_less_time_for_the_same_work():
     for before, after in zip(slow[:-1], fast[:-1], strict=True):
         assert (before.flops, before.tokens) == (after.flops, after.tokens)
         assert after.seconds <= before.seconds
+
+
+def test_training_is_in_bfloat16_where_the_cpu_has_it():
+    plan = plan_of("smoke")
+    plain, able = estimates_of(plan), estimates_of(plan, bfloat16=True)
+    for step, before, after in zip(plan.steps, plain[:-1], able[:-1], strict=True):
+        if step.verb == "finetune":
+            assert step.config.dtype == "auto"
+            assert after.seconds < before.seconds and after.memory_bytes < before.memory_bytes
+        else:
+            assert after == before
 
 
 def test_limits_and_local_rows_are_counted(tmp_path):

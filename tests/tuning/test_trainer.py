@@ -204,11 +204,11 @@ def test_float16_is_refused_with_the_reason() -> None:
 
 
 def test_bfloat16_only_where_there_is_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "_has_bfloat16", lambda device: False)
+    monkeypatch.setattr(trainer_module, "has_bfloat16", lambda device: False)
     assert choose_autocast("auto", CPU) is None
     with pytest.raises(UserError, match="no bfloat16 arithmetic"):
         choose_autocast("bfloat16", CPU)
-    monkeypatch.setattr(trainer_module, "_has_bfloat16", lambda device: True)
+    monkeypatch.setattr(trainer_module, "has_bfloat16", lambda device: True)
     assert choose_autocast("auto", CPU) is torch.bfloat16
     assert choose_autocast("float32", CPU) is None
     with pytest.raises(UserError, match="expected auto, float32 or bfloat16"):
