@@ -106,14 +106,19 @@ def test_the_text_sample_is_a_task_that_needs_no_data_folder():
 
 
 def test_the_recorded_demo_keeps_its_promises():
-    folder = Path(__file__).parents[1] / "benchmarks" / "cpu-demo-2026-11-24"
+    folder = Path(__file__).parents[1] / "benchmarks" / "cpu-demo-2026-11-26"
     results = json.loads((folder / "report.json").read_text())["results"]
     by_task = {comparison["task"]: comparison for comparison in results["comparisons"]}
     problems, text = by_task["wordproblems"], by_task["text_sample"]
     assert problems["n"] >= 500 and problems["p"] < 0.001 and problems["after"] >= 0.60 > problems["before"]
     assert text["change"] < 0.10
     assert any("all of their answers are equal" in check for check in results["checks"])
-    recorded = json.loads((folder / "finetune.json").read_text())["config"]
+    merged, attached = (
+        [(item["prompt"], item["completion"]) for _, item in read_jsonl(folder / stage / "tiny+lora.items.jsonl")]
+        for stage in ("solve", "check")
+    )
+    assert len(merged) == 1000 and merged == attached
+    recorded = json.loads((folder / "finetune" / "tiny+lora" / "record.json").read_text())["config"]
     (variant,) = read_recipe(demo.RECIPE).finetune
-    for name in ("data", "epochs", "lr", "dropout", "batch_size", "max_length", "pack_length", "seed"):
+    for name in ("data", "epochs", "lr", "dropout", "batch_size", "max_length", "pack_length", "seed", "dtype"):
         assert recorded[name] == variant.settings[name], name

@@ -24,11 +24,11 @@ STREAMING = 0.5  # share of the copy's bytes a second at which weights are read 
 # Small operations that one layer starts in one pass: ours on a GPU replays them as a graph when it generates.
 OPERATIONS = {("ours", "cpu"): 40, ("ours", "cuda"): 30, ("hf", "cpu"): 80, ("hf", "cuda"): 80}
 GRAPH_OPERATIONS = 6
-HOST = 0.0003  # seconds a generated token spends in Python: sampling, stop strings, text
+HOST = 0.0001  # seconds a generated token spends in Python: sampling, stop strings, text
 DOCUMENT = 0.003  # seconds to lay out a document's requests and to score its answers
 PREPARED = 0.0003  # seconds to load one row and make a document of it
 FIRST_STEP = 12.0  # seconds: imports, and kernels compiled or read from their cache
-EVERY_STEP = 0.5
+EVERY_STEP = 0.4
 LOADING = 1e9  # bytes of weights read and placed a second
 PEER_FACTORS = {"mambacus": 1.0, "transformers": 6.0}  # a side's time in ours: transformers' Mamba is a loop
 OTHER_PEER = 1.5
