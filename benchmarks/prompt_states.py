@@ -101,14 +101,14 @@ def measure(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def _tokens(config: Config, folder: Path, items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the tokens of all prompts read whole, and of the prefix."""
+    """Return the tokens of all prompts read whole, and of what the state has read."""
     from mambacus.models import load_tokenizer
     from mambacus.prompts import read_prompt
-    from mambacus.prompts.prompt import encode
+    from mambacus.prompts.prompt import compile_tokens, encode
 
     tokenizer = load_tokenizer(config.model)
-    prefix = len(encode(tokenizer, read_prompt(folder / "shown.yaml").prefix))
-    return {"prefix_tokens": prefix, "whole_tokens": sum(len(encode(tokenizer, item["prompt"])) for item in items)}
+    prefix = compile_tokens(read_prompt(folder / "shown.yaml"), tokenizer, [items[0]["question"]])
+    return {"prefix_tokens": len(prefix), "whole_tokens": sum(len(encode(tokenizer, item["prompt"])) for item in items)}
 
 
 def main() -> None:

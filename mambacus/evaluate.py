@@ -26,7 +26,9 @@ class Config:
     tasks: tuple[str, ...] = opt(help="lm_eval task names, separated by commas", metavar="A,B")
     out: Path = opt(help="record to write; items go to <stem>.items.jsonl beside it", metavar="FILE.json")
     adapter: Path | None = opt(None, "folder of a PEFT adapter to attach", metavar="DIR")
-    state: Path | None = opt(None, "begin every context from this state (prompt compile)", metavar="FILE.state")
+    state: Path | None = opt(
+        None, "begin every context, a whole question, after this state (prompt compile)", metavar="FILE.state"
+    )
     num_fewshot: int | None = opt(
         None, "worked examples in the prompt; default: each task's own number", least=0, metavar="K"
     )

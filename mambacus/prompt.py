@@ -9,7 +9,7 @@ from mambacus.runtime.errors import UserError, suggest
 
 ACTIONS = {
     "optimise": "search instruction, frame, worked examples and their order on a training slice; confirm on test",
-    "compile": "read a prompt once and keep the state: generate, solve and evaluate take it as --state",
+    "compile": "read a prompt once and keep the state: generate, chat, serve, solve and evaluate take it as --state",
     "tune": "tune a compiled state by gradient, the model frozen",
 }
 

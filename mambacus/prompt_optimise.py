@@ -16,11 +16,12 @@ from mambacus.runtime.records import Record, Stopwatch, write_jsonl_atomic, writ
 if TYPE_CHECKING:
     from mambacus.data.problems import MathProblem
     from mambacus.prompts import Prompt
+    from mambacus.prompts.journal import Journal
     from mambacus.prompts.judge import PromptJudge
     from mambacus.prompts.space import Space
 
 _WORDPROBLEM_SEED = 1_000_003  # added to --seed: other problems than fine-tuning draws by default
-_NOT_IDENTITY = ("out", "resume", "overwrite", "test_limit", "device", "batch_size", "state_memory")
+_NOT_IDENTITY = ("out", "resume", "overwrite", "budget", "test_limit", "device", "batch_size", "state_memory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +93,13 @@ def run(config: Config) -> Record:
     test = load_problems(config.bench, config.data_dir, config.test_limit, 0)
     used = config.items + config.fresh
     space = load_space(config.space, [Exemplar.of(problem) for problem in trained[used:]], shots=config.shots)
-    judges = _judges(config, trained[: config.items], trained[config.items : used], test, space)
+    journal, judges = _judges(config, trained[: config.items], trained[config.items : used], test, space)
     rivals = {"default": DEFAULT}
     if min(space.shots):  # what a harness would ask with: the first examples, in order
         rivals["fewshot"] = Prompt(exemplars=space.pool[: max(space.shots)])
-    search = _search(config, space, judges["train"], [*rivals.values()])
-    finalists = [standing.prompt for standing in search.pop("standings")[: config.finalists]]
-    decided, chosen = finals(judges["fresh"], finalists, by_likelihood=config.score == "loglikelihood")
+    search = _search(config, space, judges["train"], journal, [*rivals.values()])
+    best = [standing.prompt for standing in search.pop("standings") if standing.prompt != DEFAULT]
+    decided, chosen = finals(judges["fresh"], best[: config.finalists], by_likelihood=config.score == "loglikelihood")
     rivals["optimised"] = chosen
     drawn = random_best(judges["random"], space, config.random_prompts, config.items, config.seed)
     if drawn:
@@ -174,8 +175,8 @@ def _judges(
     fresh: Sequence[MathProblem],
     test: Sequence[MathProblem],
     space: Space,
-) -> dict[str, PromptJudge]:
-    """Return one judge for each purpose, so that each has its own count of tokens."""
+) -> tuple[Journal, dict[str, PromptJudge]]:
+    """Return the journal, and one judge for each purpose, so that each has its own count of tokens."""
     from mambacus.evals import math
     from mambacus.evals.scoring import Counts, Scorer
     from mambacus.models import load
@@ -217,21 +218,23 @@ def _judges(
         )  # fmt: skip
 
     tested = f"test {fingerprint([problem.question for problem in test])}"
-    return {
+    return journal, {
         "train": judge("train", train, config.budget), "random": judge("train", train),
         "fresh": judge("fresh", fresh), "test": judge(tested, test),
     }  # fmt: skip
 
 
-def _search(config: Config, space: Space, judge: PromptJudge, first: Sequence[Prompt]) -> dict[str, Any]:
+def _search(
+    config: Config, space: Space, judge: PromptJudge, journal: Journal, first: Sequence[Prompt]
+) -> dict[str, Any]:
     from mambacus.prompts.board import LEADERS, Board, summary
-    from mambacus.prompts.proposer import Proposer
+    from mambacus.prompts.proposer import KeptProposals, Proposer
     from mambacus.prompts.search import Search, Settings
 
     settings = Settings(
         config.population, config.rounds, config.first, config.items, config.eta, config.parents, config.seed
     )
-    propose = Proposer(config.proposer, config.proposer_model) if config.proposer else None
+    propose = KeptProposals(Proposer(config.proposer, config.proposer_model), journal) if config.proposer else None
     with Board(config.rounds, lambda: judge.tokens.forward) as board:
         outcome = Search(space, judge, settings, board.tell, propose, first).run()
     if not outcome.standings:
@@ -273,6 +276,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"tried {search['tried']} prompts with {tokens['forward']:,} tokens, {tokens['times_fewer']:.1f} x fewer")
     print(f"than without states; then {results['finals']['reason']}:")
     print(f"  {results['finals']['chosen']}")
+    if tokens["unaligned"]:
+        print(f"{tokens['unaligned']} questions, which the tokenizer joins with the end of a prefix, were read whole")
     for name, figures in test["prompts"].items():
         low, high = figures["wilson95"]
         print(f"test {name:<10} {figures['accuracy']:6.1%} [{low:.1%}, {high:.1%}]  n {test['n']}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Record, Stopwatch, read_record, write_record
 
 if TYPE_CHECKING:
+    from mambacus.models.state_files import StateFile
     from mambacus.tuning.data import Sample
 
 RECORD, STATE, ADAPTER = "record.json", "prompt.state", "adapter"
@@ -69,7 +71,7 @@ def run(config: Config) -> Record:
     autocast = choose_autocast(config.dtype, device)
     model, tokenizer = load(config.model, device, torch.float32, tokenizer=config.tokenizer, data_dir=config.data_dir)
     file = read_state(config.state, model, tokenizer)
-    samples, kept_out, counts = _samples(config, file.prompt, tokenizer)
+    samples, kept_out, counts = _samples(config, file, tokenizer)
     base_signature = signature(model)
     model.requires_grad_(False)
     offset = methods.find_method("state-offset")
@@ -77,7 +79,11 @@ def run(config: Config) -> Record:
         offset.attach(model, methods.AdapterSettings())
     primed = PrimedModel(model, file.state, trained=True)
     identity = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IDENTITY}
-    identity |= {"model": fingerprint(base_signature), "from": fingerprint([file.token_ids, file.notes])}
+    identity |= {
+        "model": fingerprint(base_signature),
+        "from": f"{config.state.name} {_content((file.state.conv_state.float(), file.state.ssm_state))}",
+        "data": f"{config.data} {_content(array for row in (*samples, *kept_out) for array in (row.ids, row.labels))}",
+    }
     claim_directory(config.out, "prompt-tune", identity, resume=config.resume)
     if (config.out / RECORD).is_file():
         return read_record(config.out / RECORD)
@@ -111,24 +117,28 @@ def run(config: Config) -> Record:
     return record
 
 
-_NOT_IDENTITY = ("out", "resume", "save_every", "data_dir", "device")
+_NOT_IDENTITY = ("out", "state", "resume", "save_every", "data_dir", "device")
 
 
-def _samples(
-    config: Config, prompt: dict[str, Any] | None, tokenizer: Any
-) -> tuple[list[Sample], list[Sample], dict[str, Any]]:
+def _content(arrays: Iterable[Any]) -> str:
+    """Return 16 digits that differ when any number of the arrays or tensors differs."""
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _samples(config: Config, file: StateFile, tokenizer: Any) -> tuple[list[Sample], list[Sample], dict[str, Any]]:
     """Return the samples to train on, those kept out, and the counts; texts begin where the compiled prompt ends."""
-    from mambacus.prompts import Prompt
+    from mambacus.prompts.asking import asked_with
     from mambacus.prompts.prompt import unframed
     from mambacus.tuning.data import Example, encode, read_examples
 
-    if prompt is None:
-        raise UserError(f"--state {config.state}: does not say how a question is put; make it with prompt compile")
-    asked = Prompt.from_dict(prompt, f"--state {config.state}")
-    examples = [
-        Example(asked.query(unframed(example.prompt)), example.completion)
-        for example in read_examples(config.data, data_dir=config.data_dir, seed=config.seed)
-    ]
+    rows = [*read_examples(config.data, data_dir=config.data_dir, seed=config.seed)]
+    asked = asked_with(config.state, file, tokenizer, [unframed(row.prompt) for row in rows])
+    examples = [Example(asked.framed(unframed(row.prompt)), row.completion) for row in rows]
     if len(examples) <= config.held_out:
         raise UserError(f"--held-out {config.held_out}: expected fewer than the rows of the data, {len(examples)}")
     samples, counts = encode(examples[: -config.held_out], tokenizer, max_length=config.max_length)

@@ -26,7 +26,9 @@ class Config:
 
     model: str = opt("tiny", help="tiny, a folder, a hub id or random:SIZE")
     adapter: str | None = opt(None, help="PEFT adapter folder to attach", metavar="DIR")
-    state: Path | None = opt(None, help="compiled prompt that every request goes on from", metavar="FILE.state")
+    state: Path | None = opt(
+        None, help="compiled prompt that every request, a whole question, goes on from", metavar="FILE.state"
+    )
     name: str | None = opt(None, help="the model's name in the API (default: as --model)")
     host: str = opt("127.0.0.1", help="address to listen on; the default is reached from this machine alone")
     port: int = opt(8000, help="port to listen on; 0: any free one", least=0, most=65535)

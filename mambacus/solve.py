@@ -44,7 +44,7 @@ class Config:
         None, "prompt file to ask with (prompt optimise), read for every problem", metavar="FILE.yaml"
     )
     state: Path | None = opt(
-        None, "compiled prompt to ask with (prompt compile), not read at all", metavar="FILE.state"
+        None, "compiled prompt to ask with (prompt compile): of it only the question is read", metavar="FILE.state"
     )
     program_seconds: int = opt(5, "CPU seconds that a program of the model may take", least=1)
     temperature: float = opt(0.0, "of sampling; 0 is greedy", least=0)
@@ -96,8 +96,9 @@ def run(config: Config) -> Record:
     for name, problems in sets.items():
         prompts = [prompt(problem, config.style) for problem in problems]
         if asked is not None:
-            prompts = [asked.query(question_of(problem)) for problem in problems]
-            shots[name] = "" if config.state else asked.prefix
+            shots[name], begun = (asked.lead, asked.preamble) if config.state else (asked.prefix, "")
+            shared = len(begun + shots[name])  # read once for all problems, by the state or here
+            prompts = [asked.text(question_of(problem))[shared:] for problem in problems]
         completions, speed = _complete(config, engine, cache, name, prompts, shots[name], asked)
         found = _items(config, name, problems, [shots[name] + text for text in prompts], completions)
         benches[name] = summarise(found, config.seed) | speed
@@ -107,7 +108,7 @@ def run(config: Config) -> Record:
     write_jsonl_atomic(path, items)
     results: dict[str, Any] = {"benches": benches}
     results["prompt_tokens"] = getattr(getattr(engine, "stats", None), "prompt_tokens", None)
-    if config.state is not None:  # read by no problem
+    if config.state is not None:  # against reading its text for every problem; --prompt too reads that once a run
         results["prompt_tokens_saved"] = int(engine.model.tokens) * sum(map(len, sets.values()))
     if config.weights:
         results["quantisation"] = quantisation_record(engine.model)
@@ -290,5 +291,5 @@ def main(argv: Sequence[str]) -> None:
             print(" " * 14 + "wrong: " + ", ".join(f"{kind} {count}" for kind, count in figures["errors"].items()))
     if "prompt_tokens_saved" in record.results:
         read, saved = record.results["prompt_tokens"], record.results["prompt_tokens_saved"]
-        print(f"prompt tokens read: {read:,}, not read thanks to the state: {saved:,}")
+        print(f"prompt tokens read: {read:,}; the text of the state, read for every problem, would add {saved:,}")
     print(f"record: {config.out}")

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,13 @@ def read_state(path: str | os.PathLike[str], model: nn.Module, tokenizer: Any, *
         about = json.loads(text)
         if about["dtype"] != _name(base):
             raise UserError(f"{where}: made in {about['dtype']}, the model runs in {_name(base)}; choose --dtype alike")
+        theirs, ours_now = (_quantised(names) for names in (about["signature"], dict(model.named_parameters())))
+        if theirs != ours_now:
+            kinds = ("plain", "quantised (--weights)")
+            raise UserError(
+                f"{where}: read with {kinds[theirs]} weights, the model's are {kinds[ours_now]}: a state belongs to "
+                "the weights it was read with"
+            )
         other = mismatch(about["signature"], model)
         if other:
             ours = base.name_or_path or "the given model"
@@ -137,6 +145,11 @@ def _header(path: str | os.PathLike[str]) -> tuple[str | None, str | None]:
     if set(metadata) <= {"format"}:
         return None, None
     return metadata.get(_KEY, ""), metadata.get(_CHECKSUM)
+
+
+def _quantised(names: Iterable[str]) -> bool:
+    """Whether parameters called so are of a model whose large matrices are quantised."""
+    return any(name.endswith(".codes") for name in names)
 
 
 def _base(model: nn.Module) -> MambaLM:

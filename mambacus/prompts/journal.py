@@ -59,7 +59,7 @@ class Journal:
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) < len(raw):
             os.truncate(self.path, len(whole))
-        return whole.decode("utf-8", errors="replace").splitlines()
+        return whole.decode("utf-8", errors="replace").split("\n")[:-1]  # other line ends may stand in a text
 
     def _take(self, lines: list[str], mine: dict[str, Any]) -> None:
         rows = [parse_line(line, f"{self.path}, line {number}") for number, line in enumerate(lines, start=1)]
@@ -67,7 +67,10 @@ class Journal:
         changed = sorted(key for key in {*theirs, *mine} if theirs.get(key) != mine.get(key))
         if changed:
             raise UserError(f"--out {self.path}: holds another search (differs in {', '.join(changed)})")
-        self._entries = {row["key"]: row for row in rows[1:]}
+        for number, row in enumerate(rows[1:], start=2):
+            if not isinstance(row.get("key"), str):
+                raise UserError(f"{self.path}, line {number}: expected a measurement with a key, got {row!r}"[:300])
+            self._entries[row["key"]] = row
 
     def find(self, key: str) -> dict[str, Any] | None:
         """Return the measurement called ``key``, or None."""

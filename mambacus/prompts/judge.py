@@ -76,31 +76,72 @@ class PrefixStates:
     """
 
     def __init__(self, engine: Engine, max_bytes: int) -> None:
-        self._engine, self._max_bytes = engine, max_bytes
-        self._states: OrderedDict[tuple[int, ...], MambaState] = OrderedDict()
+        self._engine = engine
+        model: Any = engine.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._most = max(1, max_bytes // MambaState.zeros(base.config, dtype=base.dtype).nbytes)
+        self._states: OrderedDict[tuple[int, ...], MambaState | None] = OrderedDict()
         self._whole: set[tuple[int, ...]] = set()
 
-    def after(self, prompt: Prompt, ids: Sequence[int]) -> MambaState:
-        """Return the state after ``ids``, the tokens of the prompt's prefix, reading what no held state has read."""
+    def charge(self, prompt: Prompt, ids: Sequence[int]) -> tuple[list[int], int]:
+        """Hold places for the states after the prompt's beginnings, as reading ``ids``, its prefix, needs them.
+
+        A replayed measurement does this and no more: what follows it costs the same as in the run that was interrupted.
+
+        Returns:
+            The lengths to read up to, one after the other, and how many tokens that costs: those after the longest
+            beginning that is held.
+        """
         lengths = [len(encode(self._engine.tokenizer, text)) for text in prompt.beginnings[:-1]]
         # A beginning helps only if its tokens are those of the prefix there; what it is cut to decides, not its text.
         cuts = [*sorted({length for length in lengths if length < len(ids)}), len(ids)]
         known = [cut for cut in cuts if tuple(ids[:cut]) in self._states]
         start = known[-1] if known else 0
-        state = None
         if start:
-            state = self._states[tuple(ids[:start])]
             self._states.move_to_end(tuple(ids[:start]))
-        for cut in (cut for cut in cuts if cut > start):
-            state = self._engine.prefill(list(ids[start:cut]), state)
-            self._states[tuple(ids[:cut])] = state
-            start = cut
-        assert state is not None
+        self._states.update({tuple(ids[:cut]): None for cut in cuts if cut > start})
         self._whole.add(tuple(ids))
-        while len(self._states) > 1 and sum(held.nbytes for held in self._states.values()) > self._max_bytes:
+        while len(self._states) > self._most:
             part = (beginning for beginning in self._states if beginning not in self._whole)
             del self._states[next(part, next(iter(self._states)))]
-        return state
+        return cuts, len(ids) - start
+
+    def after(self, prompt: Prompt, ids: Sequence[int]) -> tuple[MambaState, int]:
+        """Return the state after ``ids``, the tokens of the prompt's prefix, and what `charge` says that it costs.
+
+        Places that only a replay holds are read without charge: their reading was counted when it was first done.
+        """
+        states = {key: state for key, state in self._states.items() if state is not None}  # some may be dropped now
+        cuts, cost = self.charge(prompt, ids)
+        start = max((cut for cut in cuts if tuple(ids[:cut]) in states), default=0)
+        state = states.get(tuple(ids[:start]))
+        for cut in (cut for cut in cuts if cut > start):
+            state = self._engine.prefill(list(ids[start:cut]), state)
+            if tuple(ids[:cut]) in self._states:
+                self._states[tuple(ids[:cut])] = state
+            start = cut
+        assert state is not None
+        return state, cost
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """A prompt with some questions, in tokens.
+
+    Attributes:
+        prefix: the prompt's prefix.
+        whole: the whole prompt for each question.
+        rest: what of it follows the prefix; None where the tokenizer joins the two.
+    """
+
+    prefix: list[int]
+    whole: list[list[int]]
+    rest: list[list[int] | None]
+
+    @property
+    def forks(self) -> bool:
+        """Whether every question can go on from the state after the prefix."""
+        return bool(self.prefix) and None not in self.rest
 
 
 class PromptJudge:
@@ -172,33 +213,42 @@ class PromptJudge:
         if first < items:
             rest = range(first, items)
             key = f"{self._name} {by} {prompt_key(prompt)} {first}:{items}"
+            cut = self._cut(prompt, rest)
             measure = self._score if by == "loglikelihood" else self._solve
-            found += self._measured(key, prompt, self._bound(by, prompt, rest), lambda: measure(prompt, rest))
+            found += self._measured(key, prompt, cut, self._bound(by, cut, rest), lambda: measure(prompt, cut, rest))
         return found[:items]
 
     def answers(self, prompt: Prompt, items: int) -> list[Answer]:
         """Return greedy completions of the first ``items`` problems, graded; the budget does not bind them."""
         if (prompt, items) not in self._answered:
             key = f"{self._name} answers {prompt_key(prompt)} {items}"
-            found = self._measured(key, prompt, 0, lambda: self._answer(prompt, range(items)))
+            cut = self._cut(prompt, range(items))
+            found = self._measured(key, prompt, cut, 0, lambda: self._answer(prompt, cut, range(items)))
             self._answered[prompt, items] = [Answer(**row) for row in found]
         return self._answered[prompt, items]
 
-    def _bound(self, by: str, prompt: Prompt, items: range) -> int:
-        """Return the most tokens that scores can cost: the prefix and every question with what follows."""
-        queries = sum(len(encode(self.tokenizer, prompt.text(question_of(self.problems[i])))) for i in items)
-        prefix = len(encode(self.tokenizer, prompt.prefix))
-        shared = (len(items) - 1) * prefix if self._reuse else 0
+    def _cut(self, prompt: Prompt, items: range) -> _Cut:
+        texts = [question_of(self.problems[i]) for i in items]
+        ids = encode(self.tokenizer, prompt.prefix)
+        rest = [query_tokens(prompt, ids, self.tokenizer, text) for text in texts]
+        return _Cut(ids, [encode(self.tokenizer, prompt.text(text)) for text in texts], rest)
+
+    def _bound(self, by: str, cut: _Cut, items: range) -> int:
+        """Return the most that scores can cost: the prefix, once if it forks, and every question with what follows."""
+        queries = sum(map(len, cut.whole))
+        shared = (len(items) - 1) * len(cut.prefix) if self._reuse and cut.forks else 0
         after = [len(self._golds[i]) if by == "loglikelihood" else self._max_new_tokens for i in items]
         return queries - shared + sum(after)
 
     def _measured(
-        self, key: str, prompt: Prompt, bound: int, measure: Callable[[], tuple[list[Any], Tokens]]
+        self, key: str, prompt: Prompt, cut: _Cut, bound: int, measure: Callable[[], tuple[list[Any], Tokens]]
     ) -> list[Any]:
         if self._budget is not None and bound and self.tokens.forward + bound > self._budget:
             raise BudgetSpentError
         entry = self._journal.find(key) if self._journal else None
         if entry is not None:
+            if self._reuse and cut.forks:
+                self._states.charge(prompt, cut.prefix)
             self.tokens.add(Tokens(**entry["tokens"]))
             return list(entry["values"])
         values, tokens = measure()
@@ -207,36 +257,31 @@ class PromptJudge:
             self._journal.add(key, {"values": values, "tokens": dataclasses.asdict(tokens), "prompt": prompt.as_dict()})
         return values
 
-    def _prepared(self, prompt: Prompt, items: range) -> tuple[nn.Module, list[list[int]], Tokens]:
+    def _prepared(self, prompt: Prompt, cut: _Cut) -> tuple[nn.Module, list[list[int]], Tokens]:
         """Return the model as it stands before the queries, the tokens of each query, and what that has read."""
-        texts = [question_of(self.problems[i]) for i in items]
-        ids = encode(self.tokenizer, prompt.prefix)
-        apart = [query_tokens(prompt, ids, self.tokenizer, text) for text in texts]
-        whole = [encode(self.tokenizer, prompt.text(text)) for text in texts]
-        tokens = Tokens(naive=sum(map(len, whole)), unaligned=sum(part is None for part in apart))
-        queries = [part for part in apart if part is not None]
-        if not self._reuse or not ids or len(queries) < len(apart):
-            tokens.read = sum(map(len, whole))
-            return self.model, whole, tokens
-        before = self._engine.stats.prompt_tokens
-        state = self._states.after(prompt, ids)
-        tokens.read = self._engine.stats.prompt_tokens - before + sum(map(len, queries))
+        tokens = Tokens(naive=sum(map(len, cut.whole)), unaligned=sum(part is None for part in cut.rest))
+        if not self._reuse or not cut.forks:
+            tokens.read = tokens.naive
+            return self.model, cut.whole, tokens
+        state, cost = self._states.after(prompt, cut.prefix)
+        queries = [part for part in cut.rest if part is not None]
+        tokens.read = cost + sum(map(len, queries))
         return PrimedModel(self.model, state), queries, tokens
 
-    def _score(self, prompt: Prompt, items: range) -> tuple[list[float], Tokens]:
-        model, queries, tokens = self._prepared(prompt, items)
+    def _score(self, prompt: Prompt, cut: _Cut, items: range) -> tuple[list[float], Tokens]:
+        model, queries, tokens = self._prepared(prompt, cut)
         pairs = [(tuple(query), self._golds[i]) for query, i in zip(queries, items, strict=True)]
         gold = sum(len(self._golds[i]) - 1 for i in items)  # the last token is scored, not read
         tokens.read += gold
         tokens.naive += gold
         return list(self._loglikelihoods(model, pairs)), tokens
 
-    def _solve(self, prompt: Prompt, items: range) -> tuple[list[float], Tokens]:
-        answers, tokens = self._answer(prompt, items)
+    def _solve(self, prompt: Prompt, cut: _Cut, items: range) -> tuple[list[float], Tokens]:
+        answers, tokens = self._answer(prompt, cut, items)
         return [float(answer["correct"]) for answer in answers], tokens
 
-    def _answer(self, prompt: Prompt, items: range) -> tuple[list[dict[str, Any]], Tokens]:
-        model, queries, tokens = self._prepared(prompt, items)
+    def _answer(self, prompt: Prompt, cut: _Cut, items: range) -> tuple[list[dict[str, Any]], Tokens]:
+        model, queries, tokens = self._prepared(prompt, cut)
         engine = Engine(model, self.tokenizer, batch_size=self._engine.batch_size)
         params = SamplingParams(max_new_tokens=self._max_new_tokens, stop=prompt.stops)
         completions = [found[0] for found in engine.generate(queries, params)]

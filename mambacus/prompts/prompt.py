@@ -1,8 +1,10 @@
 """A prompt: an instruction, worked examples and the frame a question is put in; as YAML and as text.
 
-The text falls in two: the *prefix*, the same for every question, and the *query*, which holds the question. White space
-at the border belongs to the query, because byte-pair tokenizers start a new token there; so the tokens of prefix and
-query apart are those of the whole text, and a model may keep its state after the prefix. `compile_tokens` checks it.
+The text falls in two, at either of two places. The *preamble* ends where a whole question in its frame begins: a state
+file stands there, so that whoever goes on from it asks as if from the start. The *prefix* is the longest text that is
+the same for every question, the frame's first words included: a search shares it. White space at the end of the prefix
+belongs to the *query*, because byte-pair tokenizers start a new token there. That the tokens of both parts apart are
+those of the whole text is checked where a border is used: `compile_tokens`, `query_tokens`.
 """
 
 from __future__ import annotations
@@ -69,10 +71,31 @@ class Prompt:
     def _parts(self) -> tuple[str, str, str]:
         """Prefix, the white space and text between it and a question, and the text after the question."""
         before, after = self.question.split(SLOT)
-        shown = [f"{before}{example.question}{after}{example.completion}" for example in self.exemplars]
-        fixed = self.separator.join([*([self.instruction] if self.instruction else []), *shown, before])
+        fixed = self.preamble + before
         prefix = fixed.rstrip()
         return prefix, fixed[len(prefix) :], after
+
+    @property
+    def preamble(self) -> str:
+        """The text before a whole question, up to the separator after the last example; empty if there is none."""
+        blocks = self._blocks
+        return self.separator.join([*blocks, ""]) if blocks else ""
+
+    def framed(self, question: str) -> str:
+        """Return what follows the preamble when ``question`` is asked: the question in its frame."""
+        return self.question.replace(SLOT, question.strip())
+
+    @property
+    def lead(self) -> str:
+        """The words before the question in its frame, without white space at their end; perhaps none."""
+        return self.question.split(SLOT)[0].rstrip()
+
+    @functools.cached_property
+    def _blocks(self) -> list[str]:
+        """The instruction, if there is one, and the worked examples in their frames."""
+        before, after = self.question.split(SLOT)
+        shown = [f"{before}{example.question}{after}{example.completion}" for example in self.exemplars]
+        return [*([self.instruction] if self.instruction else []), *shown]
 
     @property
     def prefix(self) -> str:
@@ -94,9 +117,7 @@ class Prompt:
 
         Prompts with the same instruction and first examples share the first of them, and so may share states.
         """
-        before, after = self.question.split(SLOT)
-        blocks = [self.instruction] if self.instruction else []
-        blocks += [f"{before}{example.question}{after}{example.completion}" for example in self.exemplars]
+        blocks = self._blocks
         cut = [self.separator.join(blocks[: number + 1]).rstrip() for number in range(len(blocks))]
         return [text for text in dict.fromkeys([*cut, self.prefix]) if text]
 
@@ -206,28 +227,34 @@ def query_tokens(prompt: Prompt, prefix_ids: Sequence[int], tokenizer: Any, ques
 
 
 def compile_tokens(prompt: Prompt, tokenizer: Any, questions: Sequence[str]) -> list[int]:
-    """Return the tokens of the prefix, if the tokens of every question may follow them.
+    """Return the tokens of the preamble; none if no text stands before the first question.
 
     Args:
         prompt: what is compiled.
         tokenizer: the model's.
-        questions: on which the border is tried.
+        questions: at least one; the border is tried on them.
 
     Raises:
-        UserError: there is no prefix, or the tokenizer joins its end with the question, so that no state stands there.
+        UserError: the tokenizer joins the end of the preamble with a question, so that no state stands there.
     """
-    if not prompt.prefix:
-        raise UserError("prompt: nothing to compile: no text stands before the question")
-    ids = encode(tokenizer, prompt.prefix)
+    whole, framed = encode(tokenizer, prompt.text(questions[0])), encode(tokenizer, prompt.framed(questions[0]))
+    ids = whole[
+        : max(0, len(whole) - len(framed))
+    ]  # not those of the preamble alone: its end may be cut otherwise there
     for question in questions:
-        if query_tokens(prompt, ids, tokenizer, question) is None:
-            raise UserError(joined(prompt, question))
+        check_border(prompt, ids, tokenizer, question)
     return ids
 
 
-def joined(prompt: Prompt, question: str) -> str:
-    """Return what is wrong where `query_tokens` returns None."""
-    return (
-        f"prompt: the tokenizer joins the end of the prefix ({prompt.prefix[-20:]!r}) with what follows "
-        f"({prompt.query(question)[:20]!r}); end the text before {SLOT} differently"
-    )
+def check_border(prompt: Prompt, preamble_ids: Sequence[int], tokenizer: Any, question: str) -> None:
+    """Make sure that the framed question, cut into tokens by itself, is what follows the preamble in the whole prompt.
+
+    Raises:
+        UserError: it is not.
+    """
+    if encode(tokenizer, prompt.text(question)) != [*preamble_ids, *encode(tokenizer, prompt.framed(question))]:
+        raise UserError(
+            f"prompt: the tokenizer joins the end of the fixed part ({prompt.preamble[-20:]!r}) with the question "
+            f"({prompt.framed(question)[:20]!r}), or the state was read from other tokens; end the separator "
+            f"({prompt.separator!r}) in a line end"
+        )

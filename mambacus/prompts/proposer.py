@@ -6,10 +6,12 @@ import dataclasses
 import http.client
 import json
 import os
+import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from mambacus.prompts.journal import Journal
 from mambacus.prompts.prompt import Prompt
 from mambacus.prompts.search import Standing
 from mambacus.runtime.errors import UserError
@@ -78,3 +80,33 @@ class Proposer:
             ) from None
         good = [value.strip() for value in values if isinstance(value, str) and 0 < len(value.strip()) <= LONGEST]
         return list(dict.fromkeys(good))[: self.count]
+
+
+class KeptProposals:
+    """Proposals that a journal keeps, so that a resumed search is given those of its first run.
+
+    Where the endpoint fails, the round goes on without proposals, and a line on standard error says so.
+
+    Args:
+        proposer: asked once a round.
+        journal: of the search.
+    """
+
+    def __init__(self, proposer: Callable[[Sequence[Standing]], list[Prompt]], journal: Journal) -> None:
+        self._propose, self._journal = proposer, journal
+        self._asked = 0
+
+    def __call__(self, standings: Sequence[Standing]) -> list[Prompt]:
+        """Return the proposals of the next round."""
+        self._asked += 1
+        key = f"proposals {self._asked}"
+        entry = self._journal.find(key)
+        if entry is not None:
+            return [Prompt.from_dict(values, f"{self._journal.path}: {key}") for values in entry["prompts"]]
+        try:
+            proposed = self._propose(standings)
+        except UserError as error:
+            print(f"mambacus prompt optimise: warning: {error}; this round has no proposals", file=sys.stderr)
+            proposed = []
+        self._journal.add(key, {"prompts": [prompt.as_dict() for prompt in proposed]})
+        return proposed

@@ -212,8 +212,13 @@ class Search:
         return sorted(standings, key=lambda standing: (-standing.mean, len(standing.prompt.prefix)))
 
     def _furthest(self) -> tuple[Standing, ...]:
-        """Return the standings of the prompts that were scored on the most items."""
-        most = max(map(len, self._scores.values()), default=0)
+        """Return the standings of the prompts that the rung of the most items left behind.
+
+        Of a rung that the budget cut short, which has scored some of its prompts and perhaps not the default, the rung
+        before counts.
+        """
+        finished = (rung.items for rung in self._rungs)
+        most = max(finished, default=max(map(len, self._scores.values()), default=0))
         return tuple(self._rank([p for p, scores in self._scores.items() if len(scores) >= most], most)) if most else ()
 
     def _held(self) -> tuple[Standing, ...]:

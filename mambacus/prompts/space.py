@@ -193,8 +193,8 @@ def _check(value: Any, key: str, where: str) -> None:
             good = isinstance(element, int) and not isinstance(element, bool) and element >= 0
             expected = "numbers of examples, 0 or more"
         elif key == "paraphrases":
-            good = isinstance(element, list) and len(element) > 1 and all(isinstance(p, str) and p for p in element)
-            expected = "lists of two or more phrases"
+            good = isinstance(element, list) and all(isinstance(p, str) and p for p in element) and len({*element}) > 1
+            expected = "lists of two or more different phrases"
         elif key == "frames":
             good, expected = isinstance(element, str) and element.count(SLOT) == 1, f"texts with {SLOT} once"
         else:

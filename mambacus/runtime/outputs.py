@@ -62,15 +62,21 @@ def claim_empty(path: Path) -> None:
         raise UserError(f"--out {path}: expected a new or empty folder, this one holds files; choose another")
 
 
-def claim_file(path: Path, *, overwrite: bool, flag: str = "--out") -> None:
+def claim_file(path: Path, *, overwrite: bool, flag: str = "--out", items: bool = True) -> None:
     """Make sure, before long work, that a file, and a record's items beside it, can be written to ``path``.
+
+    Args:
+        path: the file.
+        overwrite: it may exist.
+        flag: where the user named it.
+        items: it is a record, beside which items may stand; off for other files.
 
     Raises:
         UserError: ``path`` is a folder or cannot be written, or it or its items exist and ``overwrite`` is off.
     """
     if path.is_dir():
         raise UserError(f"{flag} {path}: expected a file, got a folder")
-    for existing in (path, items_path(path)):
+    for existing in (path, items_path(path)) if items else (path,):
         if existing.exists() and not overwrite:
             raise UserError(f"{flag} {existing}: exists already; add --overwrite to replace it or choose another name")
     check_writable(path.parent, flag)

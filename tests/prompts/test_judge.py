@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,3 +155,49 @@ def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
         Journal(tmp_path / "j", {"seed": 2, "bench": "a"}, resume=True)
     with pytest.raises(UserError, match="add --resume to continue it"):
         Journal(tmp_path / "j", {"seed": 1, "bench": "a"}, resume=False)
+
+
+def test_a_journal_holds_texts_with_other_line_ends(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", {}, resume=False)
+    journal.add("a", {"values": ["one\x85two\u2028three\u2029four\x0bfive\r"]})
+    journal.add("b", {"values": []})
+    again = Journal(tmp_path / "j", {}, resume=True)
+    assert again.find("a") == journal.find("a") and again.find("b") == {"key": "b", "values": []}
+
+
+def test_a_line_without_a_key_is_named(tmp_path: Path) -> None:
+    Journal(tmp_path / "j", {}, resume=False)
+    with open(tmp_path / "j", "a", encoding="utf-8") as file:
+        file.write('{"values": [1]}\n')
+    with pytest.raises(UserError, match=r"j, line 2: expected a measurement with a key, got \{'values': \[1\]\}"):
+        Journal(tmp_path / "j", {}, resume=True)
+
+
+def test_a_resumed_run_counts_no_prefix_twice(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    other = Prompt("Q: {question}\nA:", "Solve it.", exemplars=tuple(POOL[:3]))
+    for state_bytes in (2**28, 1):
+        path = tmp_path / str(state_bytes)
+        whole = judge(tiny, journal=Journal(path, {}, resume=False), state_bytes=state_bytes)
+        whole.scores(FEWSHOT, 2)
+        after_first = path.read_bytes()
+        found = whole.scores(other, 2), whole.scores(FEWSHOT, 4), whole.answers(FEWSHOT, 2)
+        path.write_bytes(after_first)
+        again = judge(tiny, journal=Journal(path, {}, resume=True), state_bytes=state_bytes)
+        again.scores(FEWSHOT, 2)
+        ours = again.scores(other, 2), again.scores(FEWSHOT, 4), again.answers(FEWSHOT, 2)
+        assert again.tokens == whole.tokens
+        assert ours[0] == pytest.approx(found[0], abs=1e-4) and ours[1] == pytest.approx(found[1], abs=1e-4)
+        assert ours[2] == found[2]
+
+
+def test_the_budget_bounds_what_is_read_where_the_tokenizer_joins(tiny: tuple[Any, Any]) -> None:
+    joined = Prompt("Solve: wo{question}\nA:", exemplars=tuple(POOL))
+    free = judge(tiny)
+    free.problems = [dataclasses.replace(problem, question=f"rd {problem.question}") for problem in PROBLEMS]
+    free.scores(joined, 3)
+    assert free.tokens.unaligned == 3 and free.tokens.read == free.tokens.naive
+    bound = judge(tiny, budget=free.tokens.read - 1)
+    bound.problems = free.problems
+    with pytest.raises(BudgetSpentError):
+        bound.scores(joined, 3)
+    assert bound.tokens.forward == 0

@@ -13,11 +13,11 @@ from mambacus.data.prompts import qa_prompt
 from mambacus.evals import math
 from mambacus.models import load_tokenizer
 from mambacus.prompts import DEFAULT, Exemplar, Prompt, read_prompt, write_prompt
-from mambacus.prompts.prompt import STOPS, compile_tokens
+from mambacus.prompts.prompt import STOPS, compile_tokens, encode, query_tokens
 from mambacus.runtime.errors import UserError
 
 EXEMPLARS = (Exemplar("1 + 1?", " 1 + 1 = 2\n#### 2"), Exemplar("2 + 2?", " #### 4", "b"))
-SEPARATORS = ("\n\n", "\n", "\n###\n", " | ")
+SEPARATORS = ("\n\n", "\n", "\n\n\n", "\n###\n")
 
 
 def test_the_default_is_what_solve_asks_and_training_shows() -> None:
@@ -30,6 +30,8 @@ def test_the_text_is_instruction_examples_question() -> None:
     expected = "Solve.\n##\nQ: 1 + 1?\nA: 1 + 1 = 2\n#### 2\n##\nQ: 2 + 2?\nA: #### 4\n##\nQ: 3?\nA:"
     assert prompt.text("3?") == expected
     assert prompt.prefix == expected[: expected.rindex(" 3?")] and prompt.query("3?") == " 3?\nA:"
+    assert prompt.preamble == expected[: expected.rindex("Q: 3?")] and prompt.framed(" 3? ") == "Q: 3?\nA:"
+    assert DEFAULT.preamble == "" and DEFAULT.framed("3?") == DEFAULT.text("3?")
 
 
 def test_a_frame_without_words_before_the_question_leaves_the_separator_to_the_query() -> None:
@@ -67,19 +69,28 @@ def test_faults_of_a_file_are_one_line(tmp_path: Path, values: dict[str, Any], m
 
 
 @pytest.mark.parametrize("model", ["tiny", "random:130m"])
-def test_prefix_and_query_apart_have_the_tokens_of_the_whole(model: str, data_dir: Path) -> None:
+def test_both_borders_fall_between_tokens(model: str, data_dir: Path) -> None:
     tokenizer = load_tokenizer(model, data_dir=data_dir)
     problems = wordproblems.generate(12, "train", seed=4)
     for separator in SEPARATORS:
         for frame in ("Question: {question}\nAnswer:", "{question}\n", "Problem:\n{question}\n\nSolution:"):
             prompt = Prompt(frame, "Solve it.", separator, tuple(map(Exemplar.of, problems[:3])))
             ids = compile_tokens(prompt, tokenizer, [problem.question for problem in problems[3:]])
-            assert tokenizer.decode(ids) == prompt.prefix
+            assert tokenizer.decode(ids) == prompt.preamble
+            prefix = encode(tokenizer, prompt.prefix)
+            for problem in problems[3:]:
+                assert query_tokens(prompt, prefix, tokenizer, problem.question) is not None
+                whole = encode(tokenizer, prompt.preamble + prompt.framed(problem.question))
+                assert whole == [*ids, *encode(tokenizer, prompt.framed(problem.question))]
 
 
 def test_a_border_that_the_tokenizer_joins_is_refused() -> None:
     tokenizer = load_tokenizer("tiny")
-    with pytest.raises(UserError, match="the tokenizer joins the end of the prefix"):
-        compile_tokens(Prompt("The wo{question}"), tokenizer, ["rd is this."])
-    with pytest.raises(UserError, match="nothing to compile"):
-        compile_tokens(Prompt("{question}"), tokenizer, [])
+    with pytest.raises(UserError, match="the tokenizer joins the end of the fixed part"):
+        compile_tokens(Prompt(separator=" | ", exemplars=EXEMPLARS), tokenizer, ["Who?", "What?"])
+    joined = Prompt("The wo{question}")
+    assert query_tokens(joined, encode(tokenizer, joined.prefix), tokenizer, "rd is this.") is None
+
+
+def test_nothing_before_the_question_is_no_token() -> None:
+    assert compile_tokens(Prompt(), load_tokenizer("tiny"), ["Who?"]) == []

@@ -19,12 +19,14 @@ from mambacus.data import wordproblems
 from mambacus.inference import Engine, SamplingParams
 from mambacus.models import load
 from mambacus.models.primed import PrimedModel
-from mambacus.models.state_files import read_state
+from mambacus.models.state_files import read_state, write_state
 from mambacus.prompts import DEFAULT, Exemplar, Prompt, read_prompt, write_prompt
 from mambacus.prompts.prompt import encode
+from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import read_jsonl, read_record
 
 EXEMPLARS = tuple(map(Exemplar.of, wordproblems.generate(8, "train", seed=77)))
+PROBLEMS = wordproblems.generate(6, "train", seed=78)
 QUESTIONS = [problem.question for problem in wordproblems.generate(12, "test", seed=5)]
 
 
@@ -96,6 +98,8 @@ def test_a_search_killed_anywhere_comes_to_the_same_end(searched: Path, tmp_path
         again = prompt_optimise.run(optimise(folder, resume=True)).results
         for part in ("prompt", "finals", "test"):
             assert _rounded(again[part]) == _rounded(whole[part]), part
+        for part in ("search", "finals", "random", "test"):  # nothing is counted twice
+            assert again[part]["tokens"] == whole[part]["tokens"], part
         assert (folder / "best.yaml").read_bytes() == (searched / "best.yaml").read_bytes()
 
 
@@ -143,8 +147,26 @@ def test_proposals_are_asked_for_where_an_endpoint_is_named_and_nowhere_else(
     assert "proposed" in origins(tmp_path) and "proposed" not in origins(searched)
 
 
+def test_a_failing_proposer_is_told_of_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def fail(request: Any, timeout: float) -> Any:
+        calls.append(request)
+        raise OSError("no route")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    quick = {"fresh": 2, "random_prompts": 0, "test_limit": 2, "score": "loglikelihood"}
+    named = {"proposer": "http://127.0.0.1:1/v1", "proposer_model": "m"}
+    first = prompt_optimise.run(optimise(tmp_path, **quick, **named)).results
+    assert "warning: --proposer http://127.0.0.1:1/v1/chat/completions: cannot be reached" in capsys.readouterr().err
+    again = prompt_optimise.run(optimise(tmp_path, resume=True, **quick, **named)).results
+    assert len(calls) == 1 and again["search"] == first["search"]
+
+
 def _rounded(value: Any) -> Any:
-    """Return ``value`` without token counts, which depend on the states held, and with floats to 4 decimals."""
+    """Return ``value`` without token counts and with floats to 4 decimals."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items() if key != "tokens"}
     if isinstance(value, list):
@@ -160,9 +182,9 @@ def test_a_compiled_prompt_gives_the_same_text_for_fewer_tokens(compiled: Path) 
     params = SamplingParams(max_new_tokens=24, stop=prompt.stops)
     plain, forked = Engine(model, tokenizer), Engine(PrimedModel(model, file.state), tokenizer)
     expected = plain.generate([prompt.text(question) for question in QUESTIONS], params)
-    assert forked.generate([prompt.query(question) for question in QUESTIONS], params) == expected
+    assert forked.generate([prompt.framed(question) for question in QUESTIONS], params) == expected
     assert forked.stats.prompt_tokens * 5 <= plain.stats.prompt_tokens
-    record = read_record(compiled / "p.json")
+    record = read_record(compiled / "p.state.json")
     assert record.results["prefix_tokens"] == len(file.token_ids) == int(file.state.tokens)
     assert record.results["gate"]["max_logprob_difference"] <= 1e-4
 
@@ -182,27 +204,120 @@ def test_solve_reads_a_fifth_and_answers_the_same(compiled: Path, tmp_path: Path
     plain = read_prompt(compiled / "p.yaml")
     problems = wordproblems.generate(12, "test", seed=0)
     whole = sum(len(encode(tokenizer, plain.text(problem.question))) for problem in problems)
-    prefix = read_record(compiled / "p.json").results["prefix_tokens"]
+    prefix = read_record(compiled / "p.state.json").results["prefix_tokens"]
+    frame = len(encode(tokenizer, plain.prefix)) - prefix  # its first words, read once in either way
     assert saved == {"prompt": None, "state": 12 * prefix}
-    assert read["state"] == whole - 12 * prefix and read["state"] * 5 <= whole
-    assert read["prompt"] == whole - 11 * prefix  # solve itself reads what its prompts share once
+    assert read["state"] == whole - 12 * prefix - 11 * frame and read["state"] * 5 <= whole
+    assert frame > 0 and read["prompt"] == whole - 11 * (
+        prefix + frame
+    )  # solve itself reads what its prompts share once
 
 
-def test_evaluate_after_a_state_is_evaluate_after_its_text(compiled: Path, tmp_path: Path) -> None:
+def test_evaluate_after_a_state_is_evaluate_after_its_text(compiled: Path, tmp_path: Path, data_dir: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    from mambacus.evals.catalogue import load_tasks
+
+    preamble = read_prompt(compiled / "p.yaml").preamble
+    assert preamble.endswith("\n\n")
+    [task], _ = load_tasks(("arc_easy",), data_dir)
+    task.build_all_requests(limit=3, rank=0, world_size=1)
+    asked = task.instances
+    texts = [(preamble + one.args[0], one.args[1]) for one in asked]
+    assert all(one.args[0].startswith("Question: ") for one in asked) and len(asked) >= 9
+    whole = [Instance("loglikelihood", {}, text, number) for number, text in enumerate(texts)]
+    found = []
+    for state, requests in ((compiled / "p.state", asked), (None, whole)):
+        config = evaluate.Config("tiny", ("arc_easy",), tmp_path / "e.json", device="cpu", state=state)
+        found.append(evaluate._model(config, torch.device("cpu")).loglikelihood(requests))
+    for ours, plain in zip(*found, strict=True):
+        assert ours[0] == pytest.approx(plain[0], abs=1e-4) and ours[1] == plain[1]
+
+
+def test_evaluate_takes_a_state(compiled: Path, tmp_path: Path) -> None:
     found = {}
     for name, options in (("plain", {}), ("state", {"state": compiled / "p.state"})):
-        config = evaluate.Config("tiny", ("text_sample",), tmp_path / f"{name}.json", device="cpu", limit=2, **options)
+        config = evaluate.Config("tiny", ("text_sample",), tmp_path / f"{name}.json", device="cpu", limit=1, **options)
         found[name] = evaluate.run(config).results["tasks"]["text_sample"]["word_perplexity"]["value"]
     assert found["plain"] != pytest.approx(found["state"], rel=1e-3)
-    model, tokenizer = load("tiny")
-    start = read_state(compiled / "p.state", model, tokenizer)
-    from mambacus.evals.scoring import Counts, Scorer
 
-    pair = (tuple(encode(tokenizer, "\nThe sky")), tuple(encode(tokenizer, " is blue.")))
-    whole = ((*start.token_ids, *pair[0]), pair[1])
-    [ours] = Scorer(PrimedModel(model, start.state), 1, True, Counts()).score([pair])
-    [plain] = Scorer(model, 1, True, Counts()).score([whole])
-    assert ours.loglikelihood == pytest.approx(plain.loglikelihood, abs=1e-4) and ours.is_greedy == plain.is_greedy
+
+def test_a_search_compiled_beside_itself_keeps_its_record_and_items(searched: Path, tmp_path: Path) -> None:
+    for name in ("best.yaml", "best.json", "best.items.jsonl", "best.journal.jsonl"):
+        (tmp_path / name).write_bytes((searched / name).read_bytes())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    flags = ["--model", "tiny", "--prompt", str(tmp_path / "best.yaml"), "--out", str(tmp_path / "best.state")]
+    assert cli.main(["prompt", "compile", *flags, "--device", "cpu"]) == 0
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert read_record(tmp_path / "best.state.json").kind == "prompt-compile"
+    assert read_record(tmp_path / "best.json").kind == "prompt"
+
+
+def test_a_record_in_the_way_is_refused_before_the_work(compiled: Path, tmp_path: Path) -> None:
+    (tmp_path / "o.state.json").write_text("{}", encoding="utf-8")
+    config = prompt_compile.Config("tiny", compiled / "p.yaml", tmp_path / "o.state", device="cpu")
+    with pytest.raises(UserError, match=r"o.state.json: exists already"):
+        prompt_compile.run(config)
+    assert not (tmp_path / "o.state").exists()
+
+
+def test_the_default_prompt_compiles_to_a_state_of_nothing(tmp_path: Path) -> None:
+    write_prompt(tmp_path / "d.yaml", DEFAULT)
+    prompt_compile.run(prompt_compile.Config("tiny", tmp_path / "d.yaml", tmp_path / "d.state", device="cpu"))
+    model, tokenizer = load("tiny")
+    file = read_state(tmp_path / "d.state", model, tokenizer)
+    assert file.token_ids == () and not file.state.ssm_state.any() and not file.state.conv_state.any()
+    plain, begun = Engine(model, tokenizer), Engine(PrimedModel(model, file.state), tokenizer)
+    texts, params = [DEFAULT.text(QUESTIONS[0])], SamplingParams(max_new_tokens=12)
+    assert plain.generate(texts, params) == begun.generate(texts, params)
+
+
+def test_a_state_of_other_weights_says_so(compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "tiny", "--state", str(compiled / "p.state"), "--device", "cpu", "--weights", "int8"]
+    assert (
+        cli.main(["solve", *flags, "--bench", "wordproblems", "--limit", "1", "--out", str(tmp_path / "o.json")]) == 2
+    )
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "read with plain weights, the model's are quantised (--weights)" in error
+
+
+def test_a_search_that_a_budget_ended_goes_on_with_a_larger_one(searched: Path, tmp_path: Path) -> None:
+    whole = read_record(searched / "best.json").results
+    spent = whole["search"]["tokens"]["forward"]
+    cut = prompt_optimise.run(optimise(tmp_path, budget=spent * 2 // 3)).results["search"]
+    assert cut["ended"] == "budget" and cut["tokens"]["forward"] <= spent * 2 // 3
+    more = prompt_optimise.run(optimise(tmp_path, budget=spent * 2, resume=True)).results
+    assert more["search"]["ended"] == "rounds" and more["search"]["tokens"] == whole["search"]["tokens"]
+    assert more["prompt"] == whole["prompt"]
+
+
+def test_finalists_are_counted_without_the_default(searched: Path) -> None:
+    finals = read_record(searched / "best.json").results["finals"]
+    assert len(finals["candidates"]) == 2  # --finalists 1, and the default
+
+
+def test_a_tuning_knows_its_rows_and_its_state(compiled: Path, tmp_path: Path) -> None:
+    rows = [{"question": p.question, "answer": f"{p.solution}\n#### {p.answer}"} for p in PROBLEMS]
+    data, state = tmp_path / "d.jsonl", tmp_path / "s.state"
+    state.write_bytes((compiled / "p.state").read_bytes())
+
+    def tune() -> None:
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        config = prompt_tune.Config("tiny", state, str(data), tmp_path / "t", held_out=2, max_steps=1, device="cpu")
+        prompt_tune.run(dataclasses.replace(config, resume=(tmp_path / "t").exists()))
+
+    tune()
+    tune()  # the same run: its record is returned
+    rows[0], rows[1] = rows[1], rows[0]
+    with pytest.raises(UserError, match="differs in data"):
+        tune()
+    rows[0], rows[1] = rows[1], rows[0]
+    model, tokenizer = load("tiny")
+    file = read_state(state, model, tokenizer)
+    file.state.ssm_state[0, 0, 0, 0] += 1
+    write_state(state, file, model, tokenizer)
+    with pytest.raises(UserError, match="differs in from"):
+        tune()
 
 
 @pytest.mark.parametrize("verb", ["solve", "evaluate", "generate"])
@@ -234,7 +349,7 @@ def test_loglikelihoods_after_the_state_are_those_after_the_prompt(compiled: Pat
     for problem in wordproblems.generate(6, "test", seed=6):
         gold = tokenizer(f" {problem.solution}", add_special_tokens=False)["input_ids"]
         found = []
-        for reader, text in ((model, prompt.text), (PrimedModel(model, state), prompt.query)):
+        for reader, text in ((model, prompt.text), (PrimedModel(model, state), prompt.framed)):
             ids = tokenizer(text(problem.question), add_special_tokens=False)["input_ids"] + gold
             with torch.no_grad():
                 logits = reader(input_ids=torch.tensor([ids])).logits[0, -len(gold) - 1 : -1].double()
@@ -271,7 +386,7 @@ def test_tuning_with_an_offset_leaves_an_adapter_that_fits_its_state(compiled: P
 
     asked = Prompt.from_dict(file.prompt or {})
     rows = wordproblems.generate(20, "train", seed=0)[-4:]
-    kept_out, _ = encode([Example(asked.query(p.question), f" {p.solution}") for p in rows], tokenizer, max_length=999)
+    kept_out, _ = encode([Example(asked.framed(p.question), f" {p.solution}") for p in rows], tokenizer, max_length=999)
     loss = prompt_tune._loss(PrimedModel(model, file.state), kept_out, 4)
     assert loss == pytest.approx(results["held_out"]["loss_after"], abs=1e-4)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mambacus.prompts import Exemplar, Prompt
-from mambacus.prompts.proposer import Proposer
+from mambacus.prompts.journal import Journal
+from mambacus.prompts.proposer import KeptProposals, Proposer
 from mambacus.prompts.search import Standing
 from mambacus.runtime.errors import UserError
 
@@ -78,3 +80,19 @@ def test_other_answers_are_one_line(server: Any, answer: Any, message: str) -> N
 def test_no_server_and_no_port_are_named(url: str) -> None:
     with pytest.raises(UserError, match="cannot be reached"):
         Proposer(url, "m")(STANDINGS)
+
+
+def test_proposals_are_asked_for_once_and_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = iter([[BEST], UserError("--proposer x: answered 500")])
+
+    def propose(standings: Sequence[Standing]) -> list[Prompt]:
+        answer = next(answers)
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    first = KeptProposals(propose, Journal(tmp_path / "j", {}, resume=False))
+    assert [first(STANDINGS), first(STANDINGS)] == [[BEST], []]
+    assert "warning: --proposer x: answered 500; this round has no proposals" in capsys.readouterr().err
+    again = KeptProposals(propose, Journal(tmp_path / "j", {}, resume=True))
+    assert [again(STANDINGS), again(STANDINGS)] == [[BEST], []] and not capsys.readouterr().err

@@ -75,6 +75,18 @@ def test_the_budget_is_never_exceeded() -> None:
         assert bool(outcome.standings) == (budget >= 2)
 
 
+def test_a_rung_that_the_budget_cut_short_drops_no_prompt() -> None:
+    whole = Known()
+    Search(space(), whole, dataclasses.replace(SETTINGS, rounds=1)).run()
+    first = 16 * 2
+    for budget in (first + 2, first + 5, first + 9 * 2 + 4):  # one, two prompts of the second rung; one of the third
+        outcome = Search(space(), Known(budget), SETTINGS).run()
+        last = outcome.rungs[-1]
+        assert outcome.ended == "budget" and set(outcome.standings) >= set(last.standings)
+        assert any(standing.prompt == DEFAULT for standing in outcome.standings)
+        assert {standing.items for standing in outcome.standings} == {last.items}
+
+
 def test_proposals_join_the_next_round() -> None:
     mine = Prompt(instruction="Proposed.", exemplars=POOL[7:8])
 
