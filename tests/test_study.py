@@ -222,7 +222,7 @@ def test_killed_attempts_are_continued_or_cleared(stubs, recipe, tmp_path):
 
 
 def test_a_killed_benchmark_keeps_its_finished_rows(tmp_path):
-    config = bench.Config("train", tmp_path / "bench.json")
+    config = bench.Config("train", tmp_path / "bench" / "1-train.json")  # a folder that nobody has made
     case = Case("train", "mambacus", "micro", "float32", 1, 8)
     path = journal_path(config.out)
     RowJournal(path, resume=False, overwrite=False).add(case, {"median_ms": 1.0})

@@ -22,7 +22,7 @@ class RowJournal:
     """Rows by their case, one JSON line each, appended as they come.
 
     Args:
-        path: the file; made with the first row.
+        path: the file; made with its folder when the first row comes.
         resume: take the rows that are there.
         overwrite: throw them away.
 
@@ -56,6 +56,7 @@ class RowJournal:
     def add(self, case: Case, row: dict[str, Any]) -> None:
         """Keep a finished row."""
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)  # as for the record
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"case": _key(case), "row": row}) + "\n")
         except OSError as error:
