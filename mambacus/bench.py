@@ -112,11 +112,11 @@ def run(config: Config) -> Record:
         raise UserError("; ".join(faults))
     claim_file(config.out, overwrite=config.overwrite)
     device = resolve_device(config.device)
-    config = fill(config)
+    given, config = config, fill(config)  # the record keeps what was asked for, so that a study finds it again
     if config.what == "scan":
-        return _run_scan(config, watch, device)
+        return _run_scan(given, config, watch, device)
     if config.what == "eval":
-        return _run_eval(config, watch, device)
+        return _run_eval(given, config, watch, device)
     require(config.implementations)
     journal = RowJournal(journal_path(config.out), resume=config.resume, overwrite=config.overwrite)
     limits = ceilings(device)
@@ -124,7 +124,7 @@ def run(config: Config) -> Record:
     results["ceilings"] = limits
     if config.what == "lengths":
         results["crossovers"] = crossovers(results["rows"])
-    record = watch.record("bench", config.label or config.model or "", config, results)
+    record = watch.record("bench", config.label or config.model or "", given, results)
     write_record(config.out, record)
     journal.remove()
     return record
@@ -156,7 +156,7 @@ def _measure_all(
     return rows
 
 
-def _run_scan(config: Config, watch: Stopwatch, device: torch.device) -> Record:
+def _run_scan(given: Config, config: Config, watch: Stopwatch, device: torch.device) -> Record:
     import torch
 
     from mambacus.measuring.scan import MAMBA_SSM_H100, exponentials_per_second, limits_ms, measure_scan
@@ -172,12 +172,12 @@ def _run_scan(config: Config, watch: Stopwatch, device: torch.device) -> Record:
         for name in config.dtypes:
             dtype = resolve_dtype(name)
             rows.append(measure_scan(shape, device, dtype) | limits_ms(shape, dtype, limits))
-    record = watch.record("bench", config.label or "selective_scan", config, {"rows": rows, "ceilings": limits})
+    record = watch.record("bench", config.label or "selective_scan", given, {"rows": rows, "ceilings": limits})
     write_record(config.out, record)
     return record
 
 
-def _run_eval(config: Config, watch: Stopwatch, device: torch.device) -> Record:
+def _run_eval(given: Config, config: Config, watch: Stopwatch, device: torch.device) -> Record:
     from mambacus.measuring.evaluation import eval_cases, measure_evaluation, summary
     from mambacus.measuring.timing import ceilings
 
@@ -190,7 +190,7 @@ def _run_eval(config: Config, watch: Stopwatch, device: torch.device) -> Record:
         rows.append(row)
         print(summary(row), flush=True)
     results = {"rows": rows, "ceilings": ceilings(device)}
-    record = watch.record("bench", config.label or config.model or "", config, results)
+    record = watch.record("bench", config.label or config.model or "", given, results)
     write_record(config.out, record)
     return record
 

@@ -97,7 +97,7 @@ def run(config: Config) -> Record:
     from mambacus.tuning.prepare import prepare
     from mambacus.tuning.trainer import choose_autocast, train
 
-    method = methods.find_method(config.method)
+    method, given = methods.find_method(config.method), config
     config = _with_defaults(config, method.preset)
     _check(config)
     options = _options(config.options)
@@ -132,13 +132,15 @@ def run(config: Config) -> Record:
         _save(config, method.saves, trained, tokenizer, base_signature)
     results |= {
         "parameters": parameters,
+        "settings": {name: getattr(config, name) for name in ("batch_size", "loss", "rank", "alpha", "dropout")},
         "data": prepared.counts | {"packing_efficiency": round(data.plan.efficiency, 4)},
         "learning_rate": rate,
         "autocast": str(autocast).removeprefix("torch."),
         "processes": processes.world_size(),
         "check": checking.after(trained),
     }
-    record = watch.record("finetune", f"{Path(config.model).name} + {config.method}", config, results)
+    # as it was asked for, so that a study finds it again; what the method filled in stands among the results
+    record = watch.record("finetune", f"{Path(config.model).name} + {config.method}", given, results)
     if processes.is_main():
         write_record(config.out / RECORD, record)
     processes.wait()

@@ -330,3 +330,23 @@ def test_faults_are_one_line(tmp_path, monkeypatch, capsys, flags, words):
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_study_is_found_finished(tmp_path):
+    """With the commands themselves: what they fill in must not look like other settings when the study is resumed."""
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(
+        "title: small\n"
+        "models: [{label: m, source: 'random:micro'}]\n"
+        "finetune: [{label: lora, method: lora, data: 'wordproblems:8', max_steps: 2, batch_size: 2}]\n"
+        "merge: {dtype: float32}\n"
+        "solve: {bench: [wordproblems], limit: 2, max_new_tokens: 4}\n"
+        "bench: [{what: train, model: micro, seqlens: [8], implementations: [mambacus], repeats: 1}]\n"
+    )
+    assert run_study(recipe, tmp_path / "s", "--device", "cpu") == 0
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*.json") if path.name != "study.json"}
+    (tmp_path / "s" / "report.json").unlink()
+    (tmp_path / "s" / "report.html").unlink()
+    assert run_study(recipe, tmp_path / "s", "--resume", "--device", "cpu") == 0
+    records = [path for path in made if path.parent.name in ("solve", "bench", "m+lora") and path.name != "report.json"]
+    assert len(records) >= 5 and all(path.stat().st_mtime_ns == made[path] for path in records)
