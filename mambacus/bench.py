@@ -113,20 +113,21 @@ def run(config: Config) -> Record:
     claim_file(config.out, overwrite=config.overwrite)
     device = resolve_device(config.device)
     given, config = config, fill(config)  # the record keeps what was asked for, so that a study finds it again
-    if config.what == "scan":
-        return _run_scan(given, config, watch, device)
-    if config.what == "eval":
-        return _run_eval(given, config, watch, device)
-    require(config.implementations)
-    journal = RowJournal(journal_path(config.out), resume=config.resume, overwrite=config.overwrite)
-    limits = ceilings(device)
-    results: dict[str, Any] = {"rows": _measure_all(list(plan(config)), config.timeout, journal, limits)}
-    results["ceilings"] = limits
-    if config.what == "lengths":
-        results["crossovers"] = crossovers(results["rows"])
-    record = watch.record("bench", config.label or config.model or "", given, results)
+    alone = {"scan": _scan, "eval": _eval}.get(config.what)
+    if alone is not None:
+        results = alone(config, device)
+    else:
+        require(config.implementations)
+        journal = RowJournal(journal_path(config.out), resume=config.resume, overwrite=config.overwrite)
+        limits = ceilings(device)
+        results = {"rows": _measure_all(list(plan(config)), config.timeout, journal, limits), "ceilings": limits}
+        if config.what == "lengths":
+            results["crossovers"] = crossovers(results["rows"])
+    label = config.label or ("selective_scan" if config.what == "scan" else config.model or "")
+    record = watch.record("bench", label, given, results)
     write_record(config.out, record)
-    journal.remove()
+    if alone is None:
+        journal.remove()
     return record
 
 
@@ -156,7 +157,7 @@ def _measure_all(
     return rows
 
 
-def _run_scan(given: Config, config: Config, watch: Stopwatch, device: torch.device) -> Record:
+def _scan(config: Config, device: torch.device) -> dict[str, Any]:
     import torch
 
     from mambacus.measuring.scan import MAMBA_SSM_H100, exponentials_per_second, limits_ms, measure_scan
@@ -172,12 +173,10 @@ def _run_scan(given: Config, config: Config, watch: Stopwatch, device: torch.dev
         for name in config.dtypes:
             dtype = resolve_dtype(name)
             rows.append(measure_scan(shape, device, dtype) | limits_ms(shape, dtype, limits))
-    record = watch.record("bench", config.label or "selective_scan", given, {"rows": rows, "ceilings": limits})
-    write_record(config.out, record)
-    return record
+    return {"rows": rows, "ceilings": limits}
 
 
-def _run_eval(given: Config, config: Config, watch: Stopwatch, device: torch.device) -> Record:
+def _eval(config: Config, device: torch.device) -> dict[str, Any]:
     from mambacus.measuring.evaluation import eval_cases, measure_evaluation, summary
     from mambacus.measuring.timing import ceilings
 
@@ -189,10 +188,7 @@ def _run_eval(given: Config, config: Config, watch: Stopwatch, device: torch.dev
     for _, row in measure_evaluation(cases, config.data_dir, config.timeout):
         rows.append(row)
         print(summary(row), flush=True)
-    results = {"rows": rows, "ceilings": ceilings(device)}
-    record = watch.record("bench", config.label or config.model or "", given, results)
-    write_record(config.out, record)
-    return record
+    return {"rows": rows, "ceilings": ceilings(device)}
 
 
 def _shape(text: str) -> tuple[int, int, int]:
