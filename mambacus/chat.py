@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mambacus.runtime.config import opt, parse
 from mambacus.runtime.errors import UserError, suggest
+from mambacus.runtime.flags import weights_flag
 from mambacus.runtime.outputs import claim_file
 from mambacus.runtime.records import Record, Stopwatch, write_record
 from mambacus.runtime.sampling import SamplingFlags
@@ -43,10 +44,7 @@ class Config(SamplingFlags):
     save_state: Path | None = opt(None, help="save the conversation here at its end", metavar="FILE")
     device: str = opt("auto", help="auto, cpu, cuda or cuda:N")
     dtype: str = opt("float32", help="dtype of the weights", choices=("float32", "bfloat16", "float16"))
-    weights: str | None = opt(
-        None, help="int8 or int4: quantise the large matrices, on a CPU; the cost in perplexity is printed",
-        choices=("int8", "int4"),
-    )  # fmt: skip
+    weights: str | None = weights_flag()
     tokenizer: str | None = opt(None, help="tokenizer folder or file instead of the model's", metavar="PATH")
     data_dir: Path | None = opt(None, help="data folder with tokenizer/20B_tokenizer.json", metavar="DIR")
     out: Path | None = opt(None, help="write the record here", metavar="FILE.json")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mambacus.runtime.config import check, opt, parse
 from mambacus.runtime.errors import UserError
+from mambacus.runtime.flags import weights_flag
 from mambacus.runtime.outputs import claim_file
 from mambacus.runtime.records import Record, Stopwatch, write_jsonl_atomic, write_record
 from mambacus.runtime.sampling import SamplingFlags
@@ -38,10 +39,7 @@ class Config(SamplingFlags):
     prefill_tokens: int = opt(4096, help="prompt tokens read at once", least=1)
     device: str = opt("auto", help="auto, cpu, cuda or cuda:N")
     dtype: str = opt("float32", help="dtype of the weights", choices=("float32", "bfloat16", "float16"))
-    weights: str | None = opt(
-        None, help="int8 or int4: quantise the large matrices, on a CPU; the cost in perplexity is printed",
-        choices=("int8", "int4"),
-    )  # fmt: skip
+    weights: str | None = weights_flag()
     tokenizer: str | None = opt(None, help="tokenizer folder or file instead of the model's", metavar="PATH")
     data_dir: Path | None = opt(None, help="data folder with tokenizer/20B_tokenizer.json", metavar="DIR")
     out: Path | None = opt(None, help="write the record here; with --prompts, completions as .jsonl", metavar="FILE")

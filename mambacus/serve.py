@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mambacus.runtime.config import opt, parse
 from mambacus.runtime.errors import UserError
+from mambacus.runtime.flags import weights_flag
 
 if TYPE_CHECKING:
     from mambacus.inference import Engine
@@ -48,10 +49,7 @@ class Config:
     chat_template: Path | None = opt(None, help="Jinja template instead of the tokenizer's own", metavar="FILE")
     device: str = opt("auto", help="auto, cpu, cuda or cuda:N")
     dtype: str = opt("float32", help="dtype of the weights", choices=("float32", "bfloat16", "float16"))
-    weights: str | None = opt(
-        None, help="int8 or int4: quantise the large matrices, on a CPU; the cost in perplexity is printed",
-        choices=("int8", "int4"),
-    )  # fmt: skip
+    weights: str | None = weights_flag()
     tokenizer: str | None = opt(None, help="tokenizer folder or file instead of the model's", metavar="PATH")
     data_dir: Path | None = opt(None, help="data folder with tokenizer/20B_tokenizer.json", metavar="DIR")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mambacus.runtime.config import MOST_SEED, check, opt, parse
 from mambacus.runtime.errors import UserError
+from mambacus.runtime.flags import weights_flag
 from mambacus.runtime.outputs import claim_file, items_path
 from mambacus.runtime.records import Record, Stopwatch, write_jsonl_atomic, write_record
 
@@ -55,10 +56,7 @@ class Config:
     data_dir: Path | None = opt(None, "folder of the math sets", metavar="DIR")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = opt("float32", "dtype of the weights", choices=("float32", "bfloat16", "float16"))
-    weights: str | None = opt(
-        None, "int8 or int4: quantise the large matrices, on a CPU; the cost in perplexity is printed",
-        choices=("int8", "int4"),
-    )  # fmt: skip
+    weights: str | None = weights_flag()
     seed: int = opt(0, "seed of sampling", least=0, most=MOST_SEED)
     problem_seed: int = opt(0, "seed of the generated wordproblems", least=0, most=MOST_SEED)
     label: str | None = opt(None, "name of the model in reports; default: from --model and --adapter", metavar="NAME")
