@@ -231,7 +231,7 @@ def test_step_shapes(sizes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("sizes", [{}, {"d_state": 8, "conv_bias": False}], ids=str)
 def test_step_of_many_rows(sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "_float32_product", lambda x, weight: (x.float() @ weight.float().t()))
+    monkeypatch.setattr(step, "_float32_product", lambda x, weight: x.float() @ weight.float().t())
     hold_step(run_many, step_weights(**sizes), 13)
 
 

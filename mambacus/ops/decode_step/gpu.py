@@ -143,9 +143,7 @@ def _launch(
     shape: Shape, kernel: str, grid: tuple[int, int, int], threads: int, shared_bytes: int = 0, *, min_blocks: int = 1,
     eps: float = 0.0, overlaps: bool = True, **values: int,
 ) -> Launch:  # fmt: skip
-    program = _program(
-        shape.device, **{kernel.upper(): 1}, THREADS=threads, MIN_BLOCKS=min_blocks, **values
-    )
+    program = _program(shape.device, **{kernel.upper(): 1}, THREADS=threads, MIN_BLOCKS=min_blocks, **values)
     numbers = {"batch": shape.batch, "eps": eps}
     return Launch.of(program, kernel, grid, threads, _Args, numbers, shared_bytes, overlaps=overlaps)
 
@@ -221,7 +219,10 @@ def few(
     def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(size, dtype=dtype, device=tokens.device)
 
-    residual, squares = empty(batch, shape.d_model, dtype=torch.float32), empty(batch, _parts(shape)[1], dtype=torch.float32)
+    residual, squares = (
+        empty(batch, shape.d_model, dtype=torch.float32),
+        empty(batch, _parts(shape)[1], dtype=torch.float32),
+    )
     normed, xz = empty(batch, shape.d_model), empty(batch, 2 * shape.d_inner)
     mixed, y = empty(batch, shape.d_inner), empty(batch, shape.d_inner)
     part = empty(shape.d_inner // shape.slice, batch, shape.outputs, dtype=torch.float32)
