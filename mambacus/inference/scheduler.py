@@ -250,12 +250,12 @@ class Scheduler:
             if steps:
                 logits = self.decoder.step(steps[-1].clamp(min=0))
             steps.append(self._choose(logits, groups, draws))
+            for slot, row in enumerate(rows):
+                if not row.full:
+                    row.chosen += 1
+                    if row.full and self._wants_state(row):
+                        row.end_state = self.decoder.state(slot)
         block = _Block.of(torch.stack(steps), rows)
-        for slot, row in enumerate(rows):
-            exact = row.chosen + count == row.request.params.max_new_tokens
-            row.chosen += count
-            if exact and self._wants_state(row):
-                row.end_state = self.decoder.state(slot)
         self._go_on(steps[-1].clamp(min=0), self._leave(lambda row: row.full))
         return block
 
