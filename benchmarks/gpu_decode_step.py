@@ -37,16 +37,16 @@ from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Stopwatch, write_record
 
 DEVICE = torch.device("cuda")
+LIMITS = (gpu.FEW_ROWS, gpu.PROJECTED_ROWS)
 SHORT = [f"engine:1.4b:{rows}:16:256" for rows in (1, 64, 512)] + ["engine:130m:1:16:256"]
 LONG = [f"engine:1.4b:{rows}:2048:128" for rows in (1, 8, 32, 128)]
 STEPS = ["step:130m:1"] + [f"step:1.4b:{rows}" for rows in (1, 8, 16, 32, 64, 128, 512)]
-CASES = [
-    "check:130m:1", "check:130m:8", "check:130m:20", "check:130m:64", "check:1.4b:1", "check:1.4b:32", *STEPS,
-    "kernels:1.4b:1", "kernels:1.4b:8", "kernels:1.4b:16", "kernels:1.4b:32", "kernels:1.4b:512", "kernels:130m:1",
-    *LONG, *SHORT,
-]  # fmt: skip
+CHECKS = ["check:130m:1", "check:130m:8", "check:130m:20", "check:130m:64", "check:1.4b:1", "check:1.4b:32"]
+KERNELS = [f"kernels:1.4b:{rows}" for rows in (1, 8, 16, 32, 64, 128, 512)] + ["kernels:130m:1"]
+CASES = [*CHECKS, *STEPS, *KERNELS, *LONG, *SHORT]
 TILINGS = {  # tiles of 16 outputs, warps, ring, blocks of a multiprocessor; by tiles of 8 rows
     1: [(1, 8, 8, 2), (1, 8, 4, 4), (1, 4, 8, 4), (2, 8, 4, 2), (1, 16, 8, 1), (2, 4, 8, 2)],
+    8: [(1, 8, 2, 1), (1, 16, 2, 1), (2, 8, 2, 1), (4, 8, 1, 1)],
     2: [(1, 8, 6, 2), (2, 8, 3, 2), (2, 8, 4, 1), (4, 8, 2, 1), (1, 16, 4, 1)],
     4: [(1, 8, 4, 2), (1, 16, 4, 1), (2, 8, 3, 1), (4, 8, 2, 1)],
 }
@@ -131,8 +131,13 @@ def step(name: str, rows: int, copy_gb_s: float) -> dict[str, Any]:
     model = model_of(name)
     results: dict[str, Any] = {"floor_ms": floor_bytes(weights_of(name), rows) / copy_gb_s / 1e6}
     tokens = torch.randint(2, 50000, (rows,), device=DEVICE)
-    for kernels, label in (("cuda", "fused"), ("triton", "modules")):
-        with kernels_of(kernels):
+    ways = {"few": (rows, 0), "projected": (0, rows), "many": (0, 0), "modules": (0, 0)}
+    if rows > 64:
+        del ways["few"]
+    if rows < 16:
+        del ways["projected"], ways["many"]
+    for label, (gpu.FEW_ROWS, gpu.PROJECTED_ROWS) in ways.items():
+        with kernels_of("triton" if label == "modules" else "cuda"):
             decoder = Decoder(model, model, rows)
             state = states(model, min(rows, 8))
             for row in range(rows):
@@ -142,7 +147,7 @@ def step(name: str, rows: int, copy_gb_s: float) -> dict[str, Any]:
             torch.cuda.synchronize()
             recorded = time.perf_counter() - began
             [(graph, _)] = decoder._graphs.values()
-            assert (decoder.unfused is None) == (label == "fused"), decoder.unfused
+            assert (decoder.unfused is None) == (label != "modules"), decoder.unfused
 
             def replay(graph: Any = graph) -> None:
                 for _ in range(20):
@@ -161,7 +166,9 @@ def step(name: str, rows: int, copy_gb_s: float) -> dict[str, Any]:
                 "recording_seconds": recorded, "kernels": profile(graph.replay),
             }  # fmt: skip
         del decoder, graph, replay
+        print("  ", label, {k: v for k, v in results[label].items() if k != "kernels"}, flush=True)
         free()
+    gpu.FEW_ROWS, gpu.PROJECTED_ROWS = LIMITS
     return results
 
 
@@ -234,7 +241,7 @@ def kernels(name: str, rows: int) -> list[dict[str, Any]]:
                 F.linear(x, matrix)
 
         add(kind, "torch", size, torch_products, len(matrices))
-        if rows > gpu.FEW_ROWS:
+        if rows > 64:
             continue
         tiles = -(-rows // 8)
         chosen = gpu.tiling(kind, rows)
@@ -259,26 +266,27 @@ def kernels(name: str, rows: int) -> list[dict[str, Any]]:
         empty(len(layers), rows, shape.d_inner, 4),
         empty(len(layers), rows, shape.d_inner, shape.d_state, dtype=torch.float32),
     )
-    projects = rows <= gpu.FEW_ROWS
     part = empty(shape.d_inner // shape.slice, rows, shape.outputs, dtype=torch.float32)
     projected, delta = empty(rows, shape.outputs), empty(rows, shape.d_inner)
 
-    def convolve() -> None:
+    def convolve(projects: bool) -> None:
         for index, layer in enumerate(layers):
             gpu._convolve_launch(shape, projects)(
                 weight=layer.x_proj, taps=layer.conv_weight, taps_bias=layer.conv_bias, xz=xz,
                 conv_state=conv[index], mixed=mixed, part=part,
             )  # fmt: skip
 
-    def update() -> None:
+    def update(projects: bool) -> None:
         for index, layer in enumerate(layers):
             gpu._update_launch(shape, projects)(
                 part=part, dt_weight=layer.dt_proj, projected=projected, delta=delta,
                 **gpu._scan(layer, ssm[index]), mixed=mixed, xz=xz, y=y,
             )  # fmt: skip
 
-    add("convolve", None, 2 * conv.nbytes, convolve, len(layers))
-    add("update", None, 2 * ssm.nbytes, update, len(layers))
+    for projects in (True, False):
+        what = {"projects": projects}
+        add("convolve", what, 2 * conv.nbytes, functools.partial(convolve, projects), len(layers))
+        add("update", what, 2 * ssm.nbytes, functools.partial(update, projects), len(layers))
     return found
 
 
@@ -334,7 +342,7 @@ def main() -> None:
         except (RuntimeError, UserError, AssertionError) as error:  # the other cases are worth having
             result = {"error": str(error)[:2000]}
         rows.append({"case": case, "result": result})
-        if kind != "kernels":
+        if kind in ("check", "engine") or "error" in result:
             print(result, flush=True)
         free()
         config = {"cases": options.cases}

@@ -204,9 +204,11 @@ def run_few(weights: StepWeights, tokens: Tensor, *states: Tensor) -> Tensor:
     return step.few(weights, step.Shape.of(weights, len(tokens)), tokens, *states)
 
 
-def run_many(weights: StepWeights, tokens: Tensor, conv_state: Tensor, ssm_state: Tensor, counts: Tensor) -> Tensor:
+def run_many(weights: StepWeights, tokens: Tensor, *states: Tensor, projects: bool) -> Tensor:
+    conv_state, ssm_state, counts = states
     counts.add_(1)
-    return step.many(weights, step.Shape.of(weights, len(tokens)), tokens, conv_state, ssm_state)
+    shape = step.Shape.of(weights, len(tokens))
+    return step.many(weights, shape, tokens, conv_state, ssm_state, projects=projects)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 11, 20, 32])
@@ -232,7 +234,8 @@ def test_step_shapes(sizes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("sizes", [{}, {"d_state": 8, "conv_bias": False}], ids=str)
 def test_step_of_many_rows(sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "_float32_product", lambda x, weight: x.float() @ weight.float().t())
-    hold_step(run_many, step_weights(**sizes), 13)
+    for projects in (False, True):
+        hold_step(functools.partial(run_many, projects=projects), step_weights(**sizes), 13)
 
 
 def test_arguments_match_the_source() -> None:

@@ -1,7 +1,8 @@
 """One token through a Mamba-1 on an NVIDIA GPU: the launches of ``step.cu``.
 
-Few rows run on its kernels alone, five for a layer's four parts and the head; many rows leave the products to torch.
-Results are the same run to run: no atomics.
+Few rows run on its kernels alone, four for each layer; many rows leave the large products, or all, to torch. Results
+are the same run to run: no atomics. The kernels read weights and states before they wait for the kernel before them;
+the first one of a step is launched plainly and waits for all that was queued before.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mambacus.ops.nvrtc import Launch, Program
 from mambacus.ops.rms_norm import add_rms_norm, rms_norm
 
 FEW_ROWS = 32  # up to here the own products are used
+PROJECTED_ROWS = 128  # up to here x_proj and dt_proj are done beside the states
 MOST_ROWS = 65535 * 4
 _D_CONV = 4
 _D_STATES = (8, 16, 32, 64)
@@ -130,8 +132,8 @@ def tiling(kind: str, batch: int) -> Tiling:
     if batch <= 8:
         return Tiling(1, 8, 8, 2)
     if kind == "out":  # few outputs: blocks of 16, or too few blocks
-        return Tiling(1, 8, 6, 2) if batch <= 16 else Tiling(1, 8, 4, 2)
-    return Tiling(2, 8, 3, 2) if batch <= 16 else Tiling(4, 8, 2, 1)
+        return Tiling(1, 8, 6, 2) if batch <= 16 else Tiling(1, 8, 4, 2) if batch <= 32 else Tiling(1, 8, 2, 1)
+    return Tiling(2, 8, 3, 2) if batch <= 16 else Tiling(4, 8, 2, 1) if batch <= 32 else Tiling(2, 8, 2, 1)
 
 
 @functools.cache
@@ -178,12 +180,12 @@ def _embed_launch(shape: Shape) -> Launch:
 
 
 @functools.lru_cache(maxsize=256)
-def _convolve_launch(shape: Shape, projects: bool) -> Launch:
+def _convolve_launch(shape: Shape, projects: bool, overlaps: bool = True) -> Launch:
     threads = max(32 * -(-shape.outputs // 16), shape.slice // 2) if projects else 256
     grid = (shape.d_inner // shape.slice, -(-shape.batch // _CONV_ROWS), 1)
     return _launch(
-        shape, "convolve", grid, threads, D_INNER=shape.d_inner, SLICE=shape.slice, BLOCK_ROWS=_CONV_ROWS,
-        HAS_BIAS=shape.conv_bias, PROJECTS=projects, OUTPUTS=shape.outputs,
+        shape, "convolve", grid, threads, overlaps=overlaps, D_INNER=shape.d_inner, SLICE=shape.slice,
+        BLOCK_ROWS=_CONV_ROWS, HAS_BIAS=shape.conv_bias, PROJECTS=projects, OUTPUTS=shape.outputs,
     )  # fmt: skip
 
 
@@ -195,8 +197,8 @@ def _update_launch(shape: Shape, projects: bool) -> Launch:
     rows = (1 if shape.batch == 1 else 2 if shape.batch <= 16 else 4) if projects else 4
     return _launch(
         shape, "update", (shape.d_inner // channels, -(-shape.batch // rows), 1), channels * shape.d_state // 4,
-        D_INNER=shape.d_inner, D_STATE=shape.d_state, DT_RANK=shape.dt_rank, OUTPUTS=shape.outputs, BLOCK_ROWS=rows,
-        SLICES=shape.d_inner // shape.slice if projects else 0,
+        overlaps=projects, D_INNER=shape.d_inner, D_STATE=shape.d_state, DT_RANK=shape.dt_rank,
+        OUTPUTS=shape.outputs, BLOCK_ROWS=rows, SLICES=shape.d_inner // shape.slice if projects else 0,
     )  # fmt: skip
 
 
@@ -207,7 +209,7 @@ def run(weights: StepWeights, tokens: Tensor, conv_state: Tensor, ssm_state: Ten
         if shape.batch <= FEW_ROWS:
             return few(weights, shape, tokens, conv_state, ssm_state, counts)
         counts.add_(1)
-        return many(weights, shape, tokens, conv_state, ssm_state)
+        return many(weights, shape, tokens, conv_state, ssm_state, projects=shape.batch <= PROJECTED_ROWS)
 
 
 def few(
@@ -245,8 +247,14 @@ def few(
     return logits
 
 
-def many(weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-    """Step many rows: torch's products, own kernels for the states."""
+def many(
+    weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor, ssm_state: Tensor, *, projects: bool
+) -> Tensor:
+    """Step many rows: torch's products, or those but for x_proj and dt_proj, and own kernels for the states."""
+    part = None
+    if projects:
+        size = (shape.d_inner // shape.slice, shape.batch, shape.outputs)
+        part = torch.empty(size, dtype=torch.float32, device=tokens.device)
     residual = F.embedding(tokens, weights.embedding).float()
     added: Tensor | None = None
     for index, layer in enumerate(weights.layers):
@@ -256,15 +264,19 @@ def many(weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor,
             normed, residual = add_rms_norm(residual, added, layer.norm, weights.eps)
         xz = F.linear(normed, layer.in_proj)
         mixed = xz.new_empty(shape.batch, shape.d_inner)
-        _convolve_launch(shape, False)(
-            taps=layer.conv_weight, taps_bias=layer.conv_bias, xz=xz, conv_state=conv_state[index], mixed=mixed
-        )
-        projected = F.linear(mixed, layer.x_proj)
-        delta = F.linear(projected[:, : shape.dt_rank], layer.dt_proj)
+        _convolve_launch(shape, projects, False)(
+            weight=layer.x_proj, taps=layer.conv_weight, taps_bias=layer.conv_bias, xz=xz,
+            conv_state=conv_state[index], mixed=mixed, part=part,
+        )  # fmt: skip
+        projected = delta = None
+        if not projects:
+            projected = F.linear(mixed, layer.x_proj)
+            delta = F.linear(projected[:, : shape.dt_rank], layer.dt_proj)
         y = torch.empty_like(mixed)
-        _update_launch(shape, False)(
-            projected=projected, delta=delta, **_scan(layer, ssm_state[index]), mixed=mixed, xz=xz, y=y
-        )
+        _update_launch(shape, projects)(
+            part=part, dt_weight=layer.dt_proj, projected=projected, delta=delta, **_scan(layer, ssm_state[index]),
+            mixed=mixed, xz=xz, y=y,
+        )  # fmt: skip
         added = F.linear(y, layer.out_proj)
     assert added is not None
     normed, _ = add_rms_norm(residual, added, weights.norm_f, weights.eps)
