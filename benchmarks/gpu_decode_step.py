@@ -168,7 +168,6 @@ def step(name: str, rows: int, copy_gb_s: float) -> dict[str, Any]:
         del decoder, graph, replay
         print("  ", label, {k: v for k, v in results[label].items() if k != "kernels"}, flush=True)
         free()
-    gpu.FEW_ROWS, gpu.PROJECTED_ROWS = LIMITS
     return results
 
 
@@ -333,6 +332,7 @@ def main() -> None:
     for case in options.cases:
         kind, name, *numbers = case.split(":")
         sizes = [int(number) for number in numbers]
+        gpu.FEW_ROWS, gpu.PROJECTED_ROWS = LIMITS
         print(case, f"{watch.seconds:.0f} s", flush=True)
         try:
             if kind == "step":
