@@ -37,7 +37,7 @@ from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Stopwatch, write_record
 
 DEVICE = torch.device("cuda")
-LIMITS = (gpu.FEW_ROWS, gpu.PROJECTED_ROWS)
+FEW_ROWS, AHEAD = gpu.FEW_ROWS, gpu.AHEAD
 SHORT = [f"engine:1.4b:{rows}:16:256" for rows in (1, 64, 512)] + ["engine:130m:1:16:256"]
 LONG = [f"engine:1.4b:{rows}:2048:128" for rows in (1, 8, 32, 128)]
 STEPS = ["step:130m:1"] + [f"step:1.4b:{rows}" for rows in (1, 8, 16, 32, 64, 128, 512)]
@@ -56,7 +56,8 @@ TILINGS = {  # tiles of 16 outputs, warps, ring, blocks of a multiprocessor; by 
 def model_of(name: str) -> MambaLM:
     """Return a random model in bfloat16."""
     torch.manual_seed(0)
-    model, _ = load(f"random:{name}", device=DEVICE, dtype=torch.bfloat16)
+    with torch.inference_mode(False):
+        model, _ = load(f"random:{name}", device=DEVICE, dtype=torch.bfloat16)
     return model.eval()
 
 
@@ -131,12 +132,17 @@ def step(name: str, rows: int, copy_gb_s: float) -> dict[str, Any]:
     model = model_of(name)
     results: dict[str, Any] = {"floor_ms": floor_bytes(weights_of(name), rows) / copy_gb_s / 1e6}
     tokens = torch.randint(2, 50000, (rows,), device=DEVICE)
-    ways = {"few": (rows, 0), "projected": (0, rows), "many": (0, 0), "modules": (0, 0)}
+    nothing = dict.fromkeys(AHEAD, 0)
+    ways = {
+        "few": (rows, AHEAD), "few, no prefetch": (rows, nothing),
+        "few, prefetch of out_proj": (rows, nothing | {"in": AHEAD["in"]}), "many": (0, AHEAD), "modules": (0, AHEAD),
+    }  # fmt: skip
     if rows > 64:
-        del ways["few"]
+        ways = {label: way for label, way in ways.items() if "few" not in label}
     if rows < 16:
-        del ways["projected"], ways["many"]
-    for label, (gpu.FEW_ROWS, gpu.PROJECTED_ROWS) in ways.items():
+        del ways["many"]
+    for label, (gpu.FEW_ROWS, gpu.AHEAD) in ways.items():
+        gpu.product_launch.cache_clear()
         with kernels_of("triton" if label == "modules" else "cuda"):
             decoder = Decoder(model, model, rows)
             state = states(model, min(rows, 8))
@@ -243,7 +249,7 @@ def kernels(name: str, rows: int) -> list[dict[str, Any]]:
         if rows > 64:
             continue
         tiles = -(-rows // 8)
-        chosen = gpu.tiling(kind, rows)
+        chosen = gpu.tiling(kind, len(matrices[0]), rows)
         result = empty(rows, shape.vocabulary, dtype=torch.float32) if kind == "head" else xz
         stream = {"residual": empty(rows, shape.d_model, dtype=torch.float32), "normed": normed.clone(),
                   "squares": empty(rows, 1024, dtype=torch.float32)}  # fmt: skip
@@ -256,9 +262,9 @@ def kernels(name: str, rows: int) -> list[dict[str, Any]]:
             ) -> None:  # fmt: skip
                 for matrix in matrices:
                     if kind == "out":
-                        launch(weight=matrix, x=x, norm=weights.norm_f, **stream)
+                        launch(weight=matrix, x=x, norm=weights.norm_f, next=layers[0].in_proj, **stream)
                     else:
-                        launch(weight=matrix, x=x, squares=stream["squares"], y=result)
+                        launch(weight=matrix, x=x, squares=stream["squares"], y=result, next=layers[0].out_proj)
 
             add(kind, {**cut._asdict(), "chosen": cut == chosen}, size, products, len(matrices))
     conv, ssm = (
@@ -332,7 +338,8 @@ def main() -> None:
     for case in options.cases:
         kind, name, *numbers = case.split(":")
         sizes = [int(number) for number in numbers]
-        gpu.FEW_ROWS, gpu.PROJECTED_ROWS = LIMITS
+        gpu.FEW_ROWS, gpu.AHEAD = FEW_ROWS, AHEAD
+        gpu.product_launch.cache_clear()
         print(case, f"{watch.seconds:.0f} s", flush=True)
         try:
             if kind == "step":
