@@ -55,6 +55,7 @@ INSTRUCTIONS = {  # of the GPU, and what they do
     "ld.global.cg.u16": "bits = *(const unsigned short*)place;",
     "griddepcontrol.launch_dependents": "",
     "griddepcontrol.wait": "",
+    "cp.async.bulk.prefetch.L2.global": "",
     "ex2.approx.ftz.f32": "y = exp2f(x);",
     "rcp.approx.ftz.f32": "y = 1.0f / x;",
 }
@@ -204,16 +205,20 @@ def run_few(weights: StepWeights, tokens: Tensor, *states: Tensor) -> Tensor:
     return step.few(weights, step.Shape.of(weights, len(tokens)), tokens, *states)
 
 
-def run_many(weights: StepWeights, tokens: Tensor, *states: Tensor, projects: bool) -> Tensor:
+def run_many(weights: StepWeights, tokens: Tensor, *states: Tensor) -> Tensor:
     conv_state, ssm_state, counts = states
     counts.add_(1)
-    shape = step.Shape.of(weights, len(tokens))
-    return step.many(weights, shape, tokens, conv_state, ssm_state, projects=projects)
+    return step.many(weights, step.Shape.of(weights, len(tokens)), tokens, conv_state, ssm_state)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 11, 20, 32])
 def test_step_of_few_rows(batch: int) -> None:
     hold_step(run_few, step_weights(), batch)
+
+
+def test_step_with_more_rows_in_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "_THREADS_AT_ONCE", 0)
+    hold_step(run_few, step_weights(), 13)  # no other test's number: launches are kept
 
 
 @pytest.mark.parametrize(
@@ -234,8 +239,20 @@ def test_step_shapes(sizes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("sizes", [{}, {"d_state": 8, "conv_bias": False}], ids=str)
 def test_step_of_many_rows(sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "_float32_product", lambda x, weight: x.float() @ weight.float().t())
-    for projects in (False, True):
-        hold_step(functools.partial(run_many, projects=projects), step_weights(**sizes), 13)
+    hold_step(run_many, step_weights(**sizes), 13)
+
+
+@pytest.mark.parametrize("kind", ["in", "out", "head"])
+def test_prefetch_stays_within_the_next_weight(kind: str) -> None:
+    for d_model, vocabulary in ((160, 17), (768, 50280), (2048, 50280), (2560, 50288)):
+        shape = step.Shape(d_model, 2 * d_model, 16, 160, vocabulary, True, 1, 0)
+        nexts = [2 * 2 * d_model * d_model] if kind == "in" else [2 * 4 * d_model * d_model, 2 * vocabulary * d_model]
+        for blocks in (1, 7, 128, 3143):
+            share, ahead = step.prefetched(kind, shape, blocks)
+            assert share % 16 == ahead % 16 == 0 and 0 <= ahead <= share
+            assert blocks * share <= min(nexts) and blocks * ahead <= step.AHEAD[kind]
+    share, ahead = step.prefetched("in", step.Shape(2048, 4096, 16, 128, 50280, True, 1, 0), 256)
+    assert share == ahead == 65536  # all of out_proj
 
 
 def test_arguments_match_the_source() -> None:

@@ -1,8 +1,8 @@
 """One token through a Mamba-1 on an NVIDIA GPU: the launches of ``step.cu``.
 
-Few rows run on its kernels alone, four for each layer; many rows leave the large products, or all, to torch. Results
-are the same run to run: no atomics. The kernels read weights and states before they wait for the kernel before them;
-the first one of a step is launched plainly and waits for all that was queued before.
+Few rows run on its kernels alone, four for each layer; many rows leave the products to torch. Results are the same
+run to run: no atomics. The kernels read weights and states before they wait for the kernel before them; the first one
+of a step is launched plainly and waits for all that was queued before.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ from mambacus.ops.decode_step.interface import LayerWeights, StepWeights
 from mambacus.ops.nvrtc import Launch, Program
 from mambacus.ops.rms_norm import add_rms_norm, rms_norm
 
-FEW_ROWS = 32  # up to here the own products are used
-PROJECTED_ROWS = 128  # up to here x_proj and dt_proj are done beside the states
+FEW_ROWS = 48  # up to here the own products are used
+# Bytes of the next product's weight that each product asks L2 for: out_proj while convolve and update leave the memory
+# idle; of in_proj, or the head, what is read while one product ends and the next begins.
+AHEAD = {"in": 24 << 20, "out": 8 << 20, "head": 0}
 MOST_ROWS = 65535 * 4
 _D_CONV = 4
 _D_STATES = (8, 16, 32, 64)
 _MOST_OUTPUTS = 16 * 24  # of x_proj: a warp for 16, at most 768 threads
 _CONV_ROWS = 8
+_THREADS_AT_ONCE = 132 * 512  # of ``update`` on an H100, by their registers
 _KINDS = {"in": 0, "out": 1, "head": 2}
 _SOURCE = Path(__file__).with_name("step.cu")
 _Args = nvrtc.struct(
-    "tokens counts embedding norm weight x y normed residual squares taps taps_bias xz conv_state mixed part projected"
-    " delta dt_weight delta_bias A_log D ssm_state",
+    "tokens counts embedding norm weight x next y normed residual squares taps taps_bias xz conv_state mixed part"
+    " projected delta dt_weight delta_bias A_log D ssm_state",
     "", "batch", floats="eps",
 )  # fmt: skip
 
@@ -127,12 +130,14 @@ def _too_old(device: int) -> str | None:
     return None if capability >= (8, 0) else f"they need compute capability 8.0, got {capability[0]}.{capability[1]}"
 
 
-def tiling(kind: str, batch: int) -> Tiling:
+def tiling(kind: str, outputs: int, batch: int) -> Tiling:
     """Return how to cut a product for ``batch`` rows; ``kind`` is ``in``, ``out`` or ``head``."""
-    if batch <= 8:
-        return Tiling(1, 8, 8, 2)
     if kind == "out":  # few outputs: blocks of 16, or too few blocks
-        return Tiling(1, 8, 6, 2) if batch <= 16 else Tiling(1, 8, 4, 2) if batch <= 32 else Tiling(1, 8, 2, 1)
+        if batch <= 32:
+            return Tiling(1, 16, 8 if batch <= 8 else 4, 1)
+        return Tiling(1, 8, 2, 1)
+    if batch <= 8:
+        return Tiling(2, 8, 4, 2) if outputs >= 8192 else Tiling(1, 8, 8, 2)
     return Tiling(2, 8, 3, 2) if batch <= 16 else Tiling(4, 8, 2, 1) if batch <= 32 else Tiling(2, 8, 2, 1)
 
 
@@ -152,23 +157,38 @@ def _launch(
 
 def _parts(shape: Shape) -> tuple[int, int]:
     """Return how many elements of the residual stream a block writes, and how many such parts there are."""
-    tile = 16 * tiling("out", shape.batch).m_tiles
+    tile = 16 * tiling("out", shape.d_model, shape.batch).m_tiles
     return tile, -(-shape.d_model // tile)
 
 
-@functools.lru_cache(maxsize=256)
-def product_launch(kind: str, shape: Shape, eps: float, cut: Tiling) -> Launch:
-    """Return the launch of a product of few rows."""
-    outputs, inputs = {
+def _sizes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """Return the outputs and inputs of each product."""
+    return {
         "in": (2 * shape.d_inner, shape.d_model), "out": (shape.d_model, shape.d_inner),
         "head": (shape.vocabulary, shape.d_model),
-    }[kind]  # fmt: skip
+    }  # fmt: skip
+
+
+def prefetched(kind: str, shape: Shape, blocks: int) -> tuple[int, int]:
+    """Return the bytes of the next weight that are a block's share, and how many of them it asks for."""
+    sizes = _sizes(shape)
+    following = min(2 * sizes[name][0] * sizes[name][1] for name in (("out",) if kind == "in" else ("in", "head")))
+    share = following // blocks
+    return share // 16 * 16, min(share, AHEAD[kind] // blocks) // 16 * 16
+
+
+@functools.lru_cache(maxsize=256)
+def product_launch(kind: str, shape: Shape, eps: float, cut: Tiling | None = None) -> Launch:
+    """Return the launch of a product of few rows."""
+    outputs, inputs = _sizes(shape)[kind]
+    cut = cut or tiling(kind, outputs, shape.batch)
     tile, n_tiles = 16 * cut.m_tiles, -(-shape.batch // 8)
-    pieces = -(-(inputs // 32) // cut.warps)
+    blocks, pieces = -(-outputs // tile), -(-(inputs // 32) // cut.warps)
+    share, ahead = prefetched(kind, shape, blocks)
     return _launch(
-        shape, "product", (-(-outputs // tile), 1, 1), 32 * cut.warps, 4 * cut.warps * 8 * n_tiles * (tile + 4),
+        shape, "product", (blocks, 1, 1), 32 * cut.warps, 4 * cut.warps * 8 * n_tiles * (tile + 4),
         min_blocks=cut.min_blocks, eps=eps, OUTPUTS=outputs, K=inputs, KIND=_KINDS[kind], M_TILES=cut.m_tiles,
-        N_TILES=n_tiles, RING=min(cut.ring, pieces), TILE=tile, PARTS=_parts(shape)[1],
+        N_TILES=n_tiles, RING=min(cut.ring, pieces), TILE=tile, PARTS=_parts(shape)[1], SHARE=share, AHEAD=ahead,
     )  # fmt: skip
 
 
@@ -180,11 +200,11 @@ def _embed_launch(shape: Shape) -> Launch:
 
 
 @functools.lru_cache(maxsize=256)
-def _convolve_launch(shape: Shape, projects: bool, overlaps: bool = True) -> Launch:
+def _convolve_launch(shape: Shape, projects: bool) -> Launch:
     threads = max(32 * -(-shape.outputs // 16), shape.slice // 2) if projects else 256
     grid = (shape.d_inner // shape.slice, -(-shape.batch // _CONV_ROWS), 1)
     return _launch(
-        shape, "convolve", grid, threads, overlaps=overlaps, D_INNER=shape.d_inner, SLICE=shape.slice,
+        shape, "convolve", grid, threads, overlaps=projects, D_INNER=shape.d_inner, SLICE=shape.slice,
         BLOCK_ROWS=_CONV_ROWS, HAS_BIAS=shape.conv_bias, PROJECTS=projects, OUTPUTS=shape.outputs,
     )  # fmt: skip
 
@@ -194,11 +214,14 @@ def _update_launch(shape: Shape, projects: bool) -> Launch:
     channels = 32 if shape.batch < 8 or not projects else 128
     while shape.d_inner % channels or channels * shape.d_state // 4 > 512:
         channels //= 2
-    rows = (1 if shape.batch == 1 else 2 if shape.batch <= 16 else 4) if projects else 4
+    threads, columns = channels * shape.d_state // 4, shape.d_inner // channels
+    rows = 1 if shape.batch == 1 else 2
+    while projects and rows < 8 and columns * -(-shape.batch // rows) * threads > _THREADS_AT_ONCE:
+        rows *= 2
     return _launch(
-        shape, "update", (shape.d_inner // channels, -(-shape.batch // rows), 1), channels * shape.d_state // 4,
-        overlaps=projects, D_INNER=shape.d_inner, D_STATE=shape.d_state, DT_RANK=shape.dt_rank,
-        OUTPUTS=shape.outputs, BLOCK_ROWS=rows, SLICES=shape.d_inner // shape.slice if projects else 0,
+        shape, "update", (columns, -(-shape.batch // rows), 1), threads, overlaps=projects, D_INNER=shape.d_inner,
+        D_STATE=shape.d_state, DT_RANK=shape.dt_rank, OUTPUTS=shape.outputs, BLOCK_ROWS=rows,
+        SLICES=shape.d_inner // shape.slice if projects else 0,
     )  # fmt: skip
 
 
@@ -209,7 +232,7 @@ def run(weights: StepWeights, tokens: Tensor, conv_state: Tensor, ssm_state: Ten
         if shape.batch <= FEW_ROWS:
             return few(weights, shape, tokens, conv_state, ssm_state, counts)
         counts.add_(1)
-        return many(weights, shape, tokens, conv_state, ssm_state, projects=shape.batch <= PROJECTED_ROWS)
+        return many(weights, shape, tokens, conv_state, ssm_state)
 
 
 def few(
@@ -229,12 +252,13 @@ def few(
     mixed, y = empty(batch, shape.d_inner), empty(batch, shape.d_inner)
     part = empty(shape.d_inner // shape.slice, batch, shape.outputs, dtype=torch.float32)
     logits = empty(batch, shape.vocabulary, dtype=torch.float32)
-    launches = {kind: product_launch(kind, shape, eps, tiling(kind, batch)) for kind in _KINDS}
+    launches = {kind: product_launch(kind, shape, eps) for kind in _KINDS}
     stream = {"residual": residual, "normed": normed, "squares": squares}
     norms = [layer.norm for layer in weights.layers] + [weights.norm_f]
+    products = [layer.in_proj for layer in weights.layers] + [weights.head]
     _embed_launch(shape)(tokens=tokens, counts=counts, embedding=weights.embedding, norm=norms[0], **stream)
     for index, layer in enumerate(weights.layers):
-        launches["in"](weight=layer.in_proj, x=normed, squares=squares, y=xz)
+        launches["in"](weight=layer.in_proj, x=normed, squares=squares, y=xz, next=layer.out_proj)
         _convolve_launch(shape, True)(
             weight=layer.x_proj, taps=layer.conv_weight, taps_bias=layer.conv_bias, xz=xz,
             conv_state=conv_state[index], mixed=mixed, part=part,
@@ -242,19 +266,13 @@ def few(
         _update_launch(shape, True)(
             part=part, dt_weight=layer.dt_proj, **_scan(layer, ssm_state[index]), mixed=mixed, xz=xz, y=y
         )
-        launches["out"](weight=layer.out_proj, x=y, norm=norms[index + 1], **stream)
+        launches["out"](weight=layer.out_proj, x=y, norm=norms[index + 1], next=products[index + 1], **stream)
     launches["head"](weight=weights.head, x=normed, squares=squares, y=logits)
     return logits
 
 
-def many(
-    weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor, ssm_state: Tensor, *, projects: bool
-) -> Tensor:
-    """Step many rows: torch's products, or those but for x_proj and dt_proj, and own kernels for the states."""
-    part = None
-    if projects:
-        size = (shape.d_inner // shape.slice, shape.batch, shape.outputs)
-        part = torch.empty(size, dtype=torch.float32, device=tokens.device)
+def many(weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+    """Step many rows: torch's products, and own kernels for the states."""
     residual = F.embedding(tokens, weights.embedding).float()
     added: Tensor | None = None
     for index, layer in enumerate(weights.layers):
@@ -264,19 +282,15 @@ def many(
             normed, residual = add_rms_norm(residual, added, layer.norm, weights.eps)
         xz = F.linear(normed, layer.in_proj)
         mixed = xz.new_empty(shape.batch, shape.d_inner)
-        _convolve_launch(shape, projects, False)(
-            weight=layer.x_proj, taps=layer.conv_weight, taps_bias=layer.conv_bias, xz=xz,
-            conv_state=conv_state[index], mixed=mixed, part=part,
-        )  # fmt: skip
-        projected = delta = None
-        if not projects:
-            projected = F.linear(mixed, layer.x_proj)
-            delta = F.linear(projected[:, : shape.dt_rank], layer.dt_proj)
+        _convolve_launch(shape, False)(
+            taps=layer.conv_weight, taps_bias=layer.conv_bias, xz=xz, conv_state=conv_state[index], mixed=mixed
+        )
+        projected = F.linear(mixed, layer.x_proj)
+        delta = F.linear(projected[:, : shape.dt_rank], layer.dt_proj)
         y = torch.empty_like(mixed)
-        _update_launch(shape, projects)(
-            part=part, dt_weight=layer.dt_proj, projected=projected, delta=delta, **_scan(layer, ssm_state[index]),
-            mixed=mixed, xz=xz, y=y,
-        )  # fmt: skip
+        _update_launch(shape, False)(
+            projected=projected, delta=delta, **_scan(layer, ssm_state[index]), mixed=mixed, xz=xz, y=y
+        )
         added = F.linear(y, layer.out_proj)
     assert added is not None
     normed, _ = add_rms_norm(residual, added, weights.norm_f, weights.eps)

@@ -10,6 +10,9 @@
 // The norm is divided: whoever writes the residual stream also writes it times the next norm's weight (``normed``) and the sums of
 // its squares (``squares``); the product that reads them multiplies its sums by 1 / root mean square.
 //
+// A product that has asked for all of its own weights asks for those of the product after it, as far as L2 holds them: else the
+// memory would idle while convolve and update run.
+//
 // Each kernel lets the next one start at once (start_next), which reads weights and states, of which no kernel of the step before
 // it in this graph writes what it reads, and then waits for this one (await_previous). What an earlier kernel of the step wrote is
 // read past L1 (fresh_...), which may hold older lines.
@@ -22,7 +25,7 @@ struct Args {
   const long long* tokens;                      // (batch,)
   long long* counts;                            // (batch,): tokens read so far
   const void *embedding, *norm;                 // (tokens, OUTPUTS), (OUTPUTS,): the norm that reads what is written
-  const void *weight, *x;                       // (OUTPUTS, K), (batch, K)
+  const void *weight, *x, *next;                // (OUTPUTS, K), (batch, K); the weight of the product after this one
   void *y, *normed;                             // of a product; (batch, OUTPUTS)
   float *residual, *squares;                    // (batch, OUTPUTS), (batch, PARTS)
   const void *taps, *taps_bias;                 // (D_INNER, 4), (D_INNER,)
@@ -38,9 +41,12 @@ struct Args {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define start_next()
 #define await_previous()
+#define prefetch(place, bytes)
 #else
 __device__ __forceinline__ void start_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void await_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Both multiples of 16.
+__device__ __forceinline__ void prefetch(const char* place, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(place), "r"(bytes)); }
 #endif
 
 struct alignas(16) Words { unsigned word[4]; };  // 8 elements of bfloat16
@@ -140,7 +146,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) embed(const Ar
 
 #ifdef PRODUCT
 // OUTPUTS, K (a multiple of 32); KIND 0: y bfloat16 of normed input, 1: added to the residual stream, 2: y float32 of normed input;
-// M_TILES x 16 outputs of a block, N_TILES x 8 rows of the batch; RING: pieces of 32 elements that a warp holds; PARTS.
+// M_TILES x 16 outputs of a block, N_TILES x 8 rows of the batch; RING: pieces of 32 elements that a warp holds; PARTS; of the next
+// weight a block has a share of SHARE bytes, of which it asks for AHEAD.
 // The warps of a block share K: piece j of warp w is number j WARPS + w.
 #define WARPS (THREADS / 32)
 #define COLUMNS (8 * N_TILES)
@@ -151,6 +158,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) embed(const Ar
 #define STRIDE (TILE + 4)     // no bank conflicts
 
 __device__ __forceinline__ bool owns(int j, int warp) { return PIECES % WARPS == 0 || j * WARPS + warp < PIECES; }
+
+__device__ __forceinline__ void prefetch_next(const Args& p) {
+  if (threadIdx.x != 0) return;
+  const char* share = (const char*)p.next + (long long)blockIdx.x * SHARE;
+  for (int done = 0; done < AHEAD; done += 16384) prefetch(share + done, min(16384, AHEAD - done));
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) product(const Args p) {
   extern __shared__ __align__(16) float memory[];
@@ -170,6 +183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) product(const 
       for (int k = 0; k < 2 * M_TILES; k++) a[j][k] = weight_words(weights[k] + j * STEP);
   float norm[LINES];
   if (KIND == 1) read_norm(p, blockIdx.x, norm);
+  if (MINE <= RING) prefetch_next(p);
   await_previous();
 #pragma unroll
   for (int j = 0; j < RING; j++)
@@ -212,6 +226,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) product(const 
     for (int k = 0; k < 2 * M_TILES; k++) a[j % RING][k] = weight_words(weights[k] + (j + RING) * STEP);
 #pragma unroll
     for (int n = 0; n < N_TILES; n++) b[j % RING][n] = fresh_words(inputs[n] + (j + RING) * STEP);
+    if (j + RING == MINE - 1) prefetch_next(p);
   }
 #pragma unroll
   for (int m = 0; m < M_TILES; m++)
@@ -328,6 +343,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) convolve(const
 // LANES threads share a channel, 4 states each.
 #define LANES (D_STATE / 4)
 #define GROUPS ((DT_RANK / 8 + LANES - 1) / LANES)  // of 8 elements of dt, for a lane
+#define ROUNDS ((BLOCK_ROWS * OUTPUTS + THREADS - 1) / THREADS)
+#define TAKEN ((SLICES + 3) / 4)  // parts that a thread reads for four outputs
 
 __device__ __forceinline__ float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
@@ -358,20 +375,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) update(const A
     x[r] = fresh_half(at<1>(p.mixed, row * D_INNER + channel));
     z[r] = fresh_half(at<1>(p.xz, (2 * row + 1) * D_INNER + channel));
   }
-#if SLICES
-  __shared__ __align__(16) float inputs[BLOCK_ROWS * OUTPUTS];
-  for (int e = threadIdx.x; e < BLOCK_ROWS * OUTPUTS / 4; e += THREADS) {
-    const int row = min(first + e / (OUTPUTS / 4), p.batch - 1);
-    Words part[SLICES];
+#if !SLICES
+  float product[BLOCK_ROWS];
+  unsigned words[BLOCK_ROWS][4];  // of B and C; before the loop, since a row's loads would wait for the row before
 #pragma unroll
-    for (int s = 0; s < SLICES; s++)
-      part[s] = fresh_words((const char*)(p.part + ((long long)s * p.batch + row) * OUTPUTS + 4 * (e % (OUTPUTS / 4))));
+  for (int r = 0; r < BLOCK_ROWS; r++) {
+    const long long row = min(first + r, p.batch - 1);
+    product[r] = fresh_half(at<1>(p.delta, row * D_INNER + channel));
+    const char* place = at<1>(p.projected, row * OUTPUTS + DT_RANK + 4 * lane);
+#pragma unroll
+    for (int k = 0; k < 2; k++) words[r][k] = fresh_word(place + 4 * k), words[r][2 + k] = fresh_word(place + 2 * D_STATE + 4 * k);
+  }
+#else
+  // Four threads share four outputs, each every fourth part of their sums.
+  __shared__ __align__(16) float inputs[BLOCK_ROWS * OUTPUTS];
+  Words part[ROUNDS][TAKEN];
+#pragma unroll
+  for (int round = 0; round < ROUNDS; round++) {
+    const int e = min((int)threadIdx.x / 4 + round * (THREADS / 4), BLOCK_ROWS * OUTPUTS / 4 - 1), row = min(first + e / (OUTPUTS / 4), p.batch - 1);
+#pragma unroll
+    for (int k = 0; k < TAKEN; k++)
+      part[round][k] = fresh_words((const char*)(p.part + ((long long)min((int)threadIdx.x % 4 + 4 * k, SLICES - 1) * p.batch + row) * OUTPUTS + 4 * (e % (OUTPUTS / 4))));
+  }
+#pragma unroll
+  for (int round = 0; round < ROUNDS; round++) {
+    const int e = threadIdx.x / 4 + round * (THREADS / 4);
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int s = 0; s < SLICES; s++)
+    for (int c = 0; c < 4; c++) {
 #pragma unroll
-      for (int k = 0; k < 4; k++) sum[k] += __uint_as_float(part[s].word[k]);
-    put<0>(inputs + 4 * e, sum);
+      for (int k = 0; k < TAKEN; k++)
+        if ((int)threadIdx.x % 4 + 4 * k < SLICES) sum[c] += __uint_as_float(part[round][k].word[c]);
+      sum[c] = sum_over_lanes<4>(sum[c]);
+    }
+    if (threadIdx.x % 4 == 0 && e < BLOCK_ROWS * OUTPUTS / 4) put<0>(inputs + 4 * e, sum);
   }
   __syncthreads();
 #endif
@@ -393,12 +430,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) update(const A
 #pragma unroll
     for (int k = 0; k < 4; k++) B[k] = own[DT_RANK + 4 * lane + k], C[k] = own[DT_RANK + D_STATE + 4 * lane + k];
 #else
-    raw = fresh_half(at<1>(p.delta, row * D_INNER + channel));
+    raw = product[r];
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-      const char* place = at<1>(p.projected, row * OUTPUTS + DT_RANK + 4 * lane + 2 * k);
-      const unsigned b = fresh_word(place), c = fresh_word(place + 2 * D_STATE);
-      B[2 * k] = low(b), B[2 * k + 1] = high(b), C[2 * k] = low(c), C[2 * k + 1] = high(c);
+      B[2 * k] = low(words[r][k]), B[2 * k + 1] = high(words[r][k]);
+      C[2 * k] = low(words[r][2 + k]), C[2 * k + 1] = high(words[r][2 + k]);
     }
 #endif
     const float delta = softplus(raw + bias);
