@@ -12,12 +12,14 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from mambacus.ops.bfloat16_simd import multiplies_pairs
+from mambacus.ops.linear.pairs import few_rows_by_pairs
+from mambacus.ops.linear.streams import STREAMS, ask_ahead, share
 from mambacus.ops.rows import new, read_numbers, write_number
 from mambacus.ops.simd import LANES, VECTOR, load, load_bfloat16, prefetch, splat, store, total
 from mambacus.ops.threads import Kernel, thread_count
 
-STREAMS = 6  # rows of weights that are read at once; one thread's outputs are a multiple of them
-AHEAD = 512  # bytes from the weights being read to those asked for
+PAIRED_ROWS = 4  # from here on the instruction for pairs of bfloat16 is used; fewer rows wait for memory either way
 NANOSECONDS_PER_WEIGHT = 0.25  # of one thread
 NANOSECONDS_PER_PRODUCT = 0.03
 
@@ -39,21 +41,12 @@ def dot(x, weight, length, half):
 
 @njit
 def dot_streams(x, weight, apart, length, half):
-    """Return the products of one row of x and `STREAMS` rows of weights, ``apart`` bytes from one another.
-
-    Far from one another they are streams that the processor's prefetchers follow each for itself: one stream, or rows
-    side by side, reads memory at two thirds of the speed.
-    """
+    """Return the products of one row of x and `STREAMS` rows of weights, ``apart`` bytes from one another."""
     a = b = c = d = e = f = splat(0.0)
     size = 2 if half else 4
     for k in range(0, length, LANES):
         w = weight + size * k
-        prefetch(w + AHEAD)
-        prefetch(w + AHEAD + apart)
-        prefetch(w + AHEAD + 2 * apart)
-        prefetch(w + AHEAD + 3 * apart)
-        prefetch(w + AHEAD + 4 * apart)
-        prefetch(w + AHEAD + 5 * apart)
+        ask_ahead(w, apart)
         v = load(x + 4 * k)
         a = a + v * read_numbers(w, 0, half)
         b = b + v * read_numbers(w + apart, 0, half)
@@ -169,9 +162,7 @@ def few_rows_kernel(p, thread, threads):
     """Compute the outputs of this thread, neighbours; the dtype is settled outside the loops."""
     outputs, half = p[1], p[6]
     x = widened(p, thread)
-    parts = -(-outputs // STREAMS)
-    first = parts * thread // threads * STREAMS
-    last = min(parts * (thread + 1) // threads * STREAMS, outputs)
+    first, last = share(outputs, thread, threads)
     if half:
         compute_outputs(p, x, first, last, True)
     else:
@@ -179,10 +170,10 @@ def few_rows_kernel(p, thread, threads):
 
 
 def few_rows(x: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return ``x @ weight.T``, summed in float32.
+    """Return ``x @ weight.T``, summed in float32; inputs and weights are multiplied as they are.
 
     Args:
-        x: (..., in_features), float32 or bfloat16; in_features is a multiple of `LANES`.
+        x: (..., in_features), float32 or bfloat16; in_features is a multiple of 16.
         weight: (out_features, in_features), contiguous float32 or bfloat16.
         dtype: of the result, float32 or bfloat16.
     """
@@ -192,6 +183,9 @@ def few_rows(x: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> T
     y = new(*x.shape[:-1], outputs, dtype=dtype)
     cost = outputs * length * max(NANOSECONDS_PER_WEIGHT, NANOSECONDS_PER_PRODUCT * rows)
     threads = thread_count(-(-outputs // STREAMS), cost)
+    if rows >= PAIRED_ROWS and x.dtype == weight.dtype == torch.bfloat16 and multiplies_pairs():
+        few_rows_by_pairs(x.view(rows, length), weight, y, threads)
+        return y
     wide = x if x.dtype == torch.float32 else new(threads, x.numel())
     halves = (int(tensor.dtype == torch.bfloat16) for tensor in (weight, x, y))
     addresses = (x.data_ptr(), weight.data_ptr(), y.data_ptr())
