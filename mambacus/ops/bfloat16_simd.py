@@ -1,9 +1,9 @@
 """Vectors of pairs of bfloat16 numbers for numba kernels: products that are summed in float32; see `simd`.
 
 ``ints`` are ``LANES`` numbers of 32 bits, here each a pair of neighbours. AVX512_BF16 multiplies two of them and adds
-the sums of pairs to a vector in one instruction; elsewhere LLVM makes it of plain products, which is there to be tested.
-The instruction takes numbers below 2**-126 for zeros, in its inputs and in its sums; else the products are exact and
-sums are rounded to nearest.
+the sums of pairs to a vector in one instruction; elsewhere LLVM makes it of plain products, slower than widening, so
+that tests run anywhere. The instruction takes numbers below 2**-126 for zeros, in its inputs and in its sums; else the
+products are exact and sums are rounded to nearest.
 """
 
 # mypy: allow-untyped-defs

@@ -169,13 +169,19 @@ def few_rows_kernel(p, thread, threads):
         compute_outputs(p, x, first, last, False)
 
 
-def few_rows(x: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def few_rows(x: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32, *, pairs: bool | None = None) -> Tensor:
     """Return ``x @ weight.T``, summed in float32; inputs and weights are multiplied as they are.
 
     Args:
         x: (..., in_features), float32 or bfloat16; in_features is a multiple of 16.
         weight: (out_features, in_features), contiguous float32 or bfloat16.
         dtype: of the result, float32 or bfloat16.
+        pairs: multiply bfloat16 by the kernel for the processor's own products, or widen it to float32; None for what
+            is faster.
+
+    Numerics:
+        Products are exact in both; sums are float32, in another order. The processor's own products take numbers below
+        2**-126 for zeros.
     """
     x = x.contiguous()
     outputs, length = weight.shape
@@ -183,7 +189,9 @@ def few_rows(x: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> T
     y = new(*x.shape[:-1], outputs, dtype=dtype)
     cost = outputs * length * max(NANOSECONDS_PER_WEIGHT, NANOSECONDS_PER_PRODUCT * rows)
     threads = thread_count(-(-outputs // STREAMS), cost)
-    if rows >= PAIRED_ROWS and x.dtype == weight.dtype == torch.bfloat16 and multiplies_pairs():
+    if pairs is None:
+        pairs = rows >= PAIRED_ROWS and x.dtype == weight.dtype == torch.bfloat16 and multiplies_pairs()
+    if pairs:
         few_rows_by_pairs(x.view(rows, length), weight, y, threads)
         return y
     wide = x if x.dtype == torch.float32 else new(threads, x.numel())
