@@ -11,6 +11,7 @@ from torch import nn
 from mambacus.ops import Linear, float32_output, linear
 from mambacus.ops.linear import interface
 from mambacus.ops.linear.interface import HEAD_TOKENS
+from mambacus.ops.tape import Tape
 
 SHAPES = [
     ((1,), 80, 96),
@@ -100,6 +101,19 @@ def test_a_bfloat16_row_does_not_depend_on_what_is_beside_it(kernel):
     assert torch.equal(beside_nan[others], together[others])
     for row in range(13):
         torch.testing.assert_close(few_rows(x[row], weight), together[row], rtol=1e-5, atol=1e-4)
+
+
+def test_a_tape_keeps_the_memory_of_the_kernel(kernel):
+    x, weight, _ = inputs((16,), 50, 768, torch.bfloat16)
+    other = inputs((16,), 50, 768, torch.bfloat16)[0].flip(0).clone()
+    want = linear(other, weight)
+    with torch.no_grad():
+        tape, y = Tape.record(lambda: linear(x, weight))
+    taken = [torch.full((size,), float("nan")) for size in (16 * 384, 16 * 768, 2 * 16 * 384, 2 * 16 * 768)]
+    x.copy_(other)
+    y.fill_(float("nan"))
+    tape.replay()
+    assert torch.equal(y, want) and all(t.isnan().all() for t in taken)
 
 
 def test_the_instruction_for_pairs_is_what_llvm_makes_of_its_name():
