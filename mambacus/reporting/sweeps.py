@@ -193,7 +193,7 @@ def _check_cell(what: str, rows: Sequence[dict[str, Any]]) -> Cell:
 def _value(what: str, value: float) -> str:
     if _is_share(what):
         return f"{100 * value:.1f} %"
-    return f"{value:.3g}" if what.startswith("answer_loss") else show("perplexity", value)
+    return f"{value:#.3g}" if what.startswith("answer_loss") else show("perplexity", value)
 
 
 def _verdict(low: float, high: float, better: str) -> str:

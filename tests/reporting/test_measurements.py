@@ -12,6 +12,7 @@ import pytest
 from synthetic_measurements import LAST_OF_PEER, LENGTHS, write_controlled, write_lengths, write_scan, write_sweep
 from synthetic_records import record, write_record
 
+from mambacus.reporting.export import markdown
 from mambacus.reporting.figures import draw
 from mambacus.reporting.page import Page, build, render
 from mambacus.reporting.scales import linear_scale, log_scale, steps_scale
@@ -173,6 +174,16 @@ def test_methods_take_time_and_memory_from_a_sweep_of_its_own_where_runs_shared_
 
     section = build(collect([alone])).section("methods")  # alone it is a comparison like any other
     assert [row[0].text for row in section.tables[0].rows] == ["lora", "bitfit"]
+
+
+@pytest.mark.parametrize("name", ["methods", "methods-gsm8k"])
+def test_the_documentation_of_methods_prints_the_tables_of_the_records(name):
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "methods.md").read_text()
+    (path,) = (root / "benchmarks").glob(f"gpu-{name}-20*.json")
+    section = build(collect([path, *(root / "benchmarks").glob(f"gpu-{name}-solo-20*.json")])).section("methods")
+    assert f"\n{markdown(section.tables[0])}\n" in text
+    assert f"benchmarks/{path.name}" in text and f"(images/{name}.svg)" in text
 
 
 def test_methods_put_better_to_the_right_on_every_panel(page):
