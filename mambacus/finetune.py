@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 RECORD = "record.json"
 LEFT_OUT = "left_out.jsonl"
-_WHERE_AND_HOW = ("out", "resume", "save_every", "data_dir", "device", "dtype", "cache", "check", "held_out", "sweep")
+_WHERE_AND_HOW = ("out", "resume", "save_every", "data_dir", "device", "dtype", "cache", "check", "held_out", "sweep",
+                  "collect")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Config:
     check: int = opt(50, "problems, passages and questions asked before and after; 0: none", least=0)
     held_out: str = opt("", "math set whose test problems are asked (default: that of --data)")
     sweep: tuple[str, ...] = opt((), "train over a grid: method=lora|dora,lr=1e-3|5e-4,seed=0|1; one comparison record")
+    collect: bool = opt(False, "with --sweep: write the comparison record of finished runs in --out, train nothing")
     device: str = opt("auto", "auto, cpu or cuda")
     dtype: str = opt("auto", "of the matrix products: auto, float32 or bfloat16; weights are float32")
     save_every: int = opt(100, "steps between checkpoints", least=1)
@@ -83,6 +85,8 @@ def run(config: Config) -> Record:
     Raises:
         UserError: a wrong setting, unreadable data or model, a folder that holds another run, or the audit stopped it.
     """
+    if config.collect and not config.sweep:
+        raise UserError("--collect: needs the grid of the runs to collect: --sweep")
     if config.sweep:
         from mambacus.finetune_sweep import sweep
 

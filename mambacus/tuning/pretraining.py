@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambacus.models import MambaLM
-from mambacus.runtime.device import peak_memory_bytes
 from mambacus.runtime.errors import UserError
+from mambacus.runtime.memory import PeakMemory
 from mambacus.tuning.audit import TrainingStoppedError
 from mambacus.tuning.trainer import parameter_groups
 
@@ -163,6 +163,8 @@ class Pretraining:
         self.history: list[dict[str, float]] = []
         self.validation: list[dict[str, Any]] = []
         self._loss_sum = torch.zeros((), device=self.device)
+        self._memory = PeakMemory(self.device)
+        self._memory.restart()
 
     @property
     def progress(self) -> float:
@@ -269,7 +271,8 @@ class Pretraining:
                 "tokens_per_second": round(tokens / self.seconds) if self.seconds else 0,
                 "loss_first": self.history[0]["loss"] if self.history else None,
                 "loss_last": self.history[-1]["loss"] if self.history else None,
-                "peak_memory_bytes": peak_memory_bytes(self.device),
+                "peak_memory_bytes": self._memory.read(),
+                "peak_memory_of": self._memory.of,
             },
             "history": self.history,
             "validation": self.validation,

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from mambacus.runtime.device import has_bfloat16, peak_memory_bytes
+from mambacus.runtime.device import has_bfloat16
 from mambacus.runtime.errors import UserError
+from mambacus.runtime.memory import PeakMemory
 from mambacus.tuning import processes
 from mambacus.tuning.audit import FrozenCheck, GradientAudit, TrainingStoppedError, first_bad_module
 from mambacus.tuning.checkpoints import STAGING, newest_checkpoint, read_notes, write_checkpoint
@@ -113,6 +114,8 @@ def train(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise TypeError(f"{name} is trained in {parameter.dtype}; master weights are float32")
+    memory = PeakMemory(settings.device)
+    memory.restart()  # the process may have trained, or asked a base model, before
     checkpoint = newest_checkpoint(settings.folder / "checkpoints") if resume else None
     earlier = read_notes(checkpoint)["seconds"] if checkpoint else 0.0
     trainer = MambaTrainer(model, data, settings, quiet_first, rate_of, earlier)
@@ -132,7 +135,8 @@ def train(
         "tokens_per_second": round(data.plan.tokens / seconds, 1),
         "loss_first": history[0]["loss"],
         "loss_last": history[-1]["loss"],
-        "peak_memory_bytes": peak_memory_bytes(settings.device),
+        "peak_memory_bytes": memory.read(),
+        "peak_memory_of": memory.of,
         "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
     }
     return {"train": figures, "history": history}
