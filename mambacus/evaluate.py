@@ -166,7 +166,7 @@ def _model(config: Config, device: Any) -> Any:
 
 
 def _read_first(model: Any, device: Any) -> None:
-    """Read one token: a process's first pass loads kernels, which belongs to loading and not to the answers' seconds."""
+    """Read one token: a process's first pass loads its kernels, which is no part of the seconds of answering."""
     import torch
 
     with torch.inference_mode():

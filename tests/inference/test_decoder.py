@@ -46,13 +46,13 @@ def test_steps_as_the_model_does(model: MambaLM, weights: str | None, dtype: tor
     assert decoder._tapes.get(rows) is not None
 
 
-@pytest.mark.parametrize("rows", [TAPED_ROWS + 1, TAPED_ROWS + ROUNDED_ROWS])
-def test_a_tape_of_many_rows_serves_fewer_too(model: MambaLM, rows: int) -> None:
-    """Rows beyond the batch compute nothing that a row of it or the next occupant of their slot sees."""
-    decoder = Decoder(model, model, TAPED_ROWS + ROUNDED_ROWS)
-    for count in (rows, rows - 1, rows):
-        assert steps(model, decoder, count) < 1e-5  # four rows are multiplied at a time, and a fifth in another order
-    assert [size for size, tape in decoder._tapes.items() if tape] == [TAPED_ROWS + ROUNDED_ROWS]
+def test_a_tape_of_many_rows_serves_fewer_too(model: MambaLM) -> None:
+    """Rows beyond the batch compute nothing that a row of it, or who takes their slot next, sees."""
+    most = TAPED_ROWS + ROUNDED_ROWS
+    decoder = Decoder(model, model, most)
+    for count in (most, most - 4, most):  # multiples of four, which the products take in one order of summation
+        assert steps(model, decoder, count) == 0
+    assert [*decoder._tapes] == [most]
 
 
 def test_a_wide_model_is_not_taped_for_many_rows(model: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
