@@ -186,6 +186,8 @@ def _eval(config: Config, device: torch.device) -> dict[str, Any]:
 
     if config.data_dir is None or not config.data_dir.is_dir():
         raise UserError(f"--data-dir: expected the folder of the evaluation files, got {config.data_dir}")
+    if config.tuned is not None and not config.tuned.is_dir():
+        raise UserError(f"--tuned: expected a model folder, got {config.tuned}")
     dtype, counts = config.dtypes[0], (config.documents, config.peer_documents)
     cases = eval_cases(config.model or "", str(device), dtype, *counts, config.threads, config.tuned)
     rows = []

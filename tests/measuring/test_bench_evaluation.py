@@ -105,6 +105,12 @@ def test_a_folder_of_documents_is_needed(tmp_path: Path, capsys: pytest.CaptureF
     assert "--data-dir: expected the folder of the evaluation files" in capsys.readouterr().err
 
 
+def test_a_tuned_model_is_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--tuned", str(tmp_path / "none"), "--data-dir", str(tmp_path)]
+    assert main(["bench", "eval", *flags, "--out", str(tmp_path / "r.json")]) == 2
+    assert "--tuned: expected a model folder" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_measured_for_real(data_dir: Path, tmp_path: Path) -> None:
     flags = ["--model", "tiny", "--documents", "2", "--peer-documents", "1", "--data-dir", str(data_dir)]
