@@ -249,3 +249,16 @@ def test_sdt_takes_the_channels_whose_rates_move_most(
         model.backbone.layers[0].mixer.x_proj.weight[:, :4] = 0.1  # type: ignore[union-attr]
     (first, _) = choose_channels(model, data, share=0.1, rate=1e-2)
     assert set(first) <= {0, 1, 2, 3}, "only channels whose output is read get a gradient on their rates"
+
+
+def test_sdt_takes_the_same_channels_however_a_step_is_split(
+    make_model: Callable[..., MambaLM], samples: list[Sample]
+) -> None:
+    """The choice belongs to the mathematics of a run: it depends on neither processes nor accumulation."""
+
+    def chosen(**split: int) -> list[list[int]]:
+        settings = {"epochs": 1, "max_steps": 3, "batch_size": 6, "grad_accum": 1, "capacity": 64, "seed": 0}
+        data = PlannedBatches(samples, plan([*map(len, samples)], **(settings | split)))  # type: ignore[arg-type]
+        return choose_channels(make_model(), data, share=0.2, rate=1e-2)
+
+    assert chosen() == chosen(grad_accum=2) == chosen(processes=2) == chosen(grad_accum=2, processes=2)
