@@ -324,10 +324,8 @@ class MambaTrainer(Trainer):
         folder, problem = self._checkpoints, ""
         try:
             if processes.is_main():
-                notes = {"seconds": self.seconds}
-                write_checkpoint(
-                    self._checkpoints, self.state.global_step, notes, lambda at: self._fill(at, model, trial)
-                )
+                step, notes = self.state.global_step, {"seconds": self.seconds}
+                write_checkpoint(folder, step, notes, lambda at: self._fill(at, model, trial))
             else:  # adds its random state to what the main process writes
                 self._fill(folder / STAGING, model, trial)
         except (UserError, OSError) as error:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launched_runs import Job, errors, launch
 from safetensors.torch import load_file
 
 from mambacus.runtime.records import Record, read_record
 from mambacus.tuning.methods import METHODS
-from tests.tuning.launched_runs import Job, errors, launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -170,25 +173,33 @@ SABOTAGED = {
 }
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["shared", "whole"])
-def stopped(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
+WHOLE = ("cut", "forgotten", "full", "full elsewhere")  # of "nan" and "thawed" whole models tell their process alone
+
+
+@pytest.fixture(scope="module")
+def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
     """The runs of `SABOTAGED`, one after another in the same two processes: none may leave the others waiting."""
-    folder, sharded = tmp_path_factory.mktemp("stopped"), request.param
-    names = SABOTAGED if sharded else ("cut", "forgotten", "full", "full elsewhere")
-    launch(2, [job(folder / name, data, **SABOTAGED[name][0]) for name in names], sharded=sharded)
-    return folder, sharded
+
+    @functools.cache
+    def stop(sharded: bool) -> Path:
+        folder = tmp_path_factory.mktemp("stopped")
+        names = SABOTAGED if sharded else WHOLE
+        launch(2, [job(folder / name, data, **SABOTAGED[name][0]) for name in names], sharded=sharded)
+        return folder
+
+    return stop
 
 
-@pytest.mark.parametrize("name", SABOTAGED)
-def test_what_goes_wrong_on_one_process_stops_all_with_its_name(stopped: tuple[Path, bool], name: str) -> None:
-    folder, sharded = stopped
-    if name in ("nan", "thawed") and not sharded:
-        pytest.skip("with whole models the other process is stopped by the launcher")
-    import re
-
-    said = errors(folder / name, 2)
+@pytest.mark.parametrize(
+    ("sharded", "name"), [*((True, name) for name in SABOTAGED), *((False, name) for name in WHOLE)]
+)
+def test_what_goes_wrong_on_one_process_stops_all_with_its_name(
+    stopped: Callable[[bool], Path], sharded: bool, name: str
+) -> None:
+    run = stopped(sharded) / name
+    said = errors(run, 2)
     assert said[0] == said[1]
     assert re.search(SABOTAGED[name][1], said[0]), said[0]
-    assert not (folder / name / "record.json").exists()
+    assert not (run / "record.json").exists()
     if "full" in name:
-        assert [path.name for path in (folder / name / "checkpoints").iterdir()] == ["checkpoint-2"]
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-2"]
