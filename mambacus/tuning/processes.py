@@ -37,7 +37,7 @@ def join(device: str) -> None:
     """
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", "bf16"):
         raise UserError(
-            f"finetune: launched with mixed precision {os.environ['ACCELERATE_MIXED_PRECISION']}, which is refused; "
+            f"launched with mixed precision {os.environ['ACCELERATE_MIXED_PRECISION']}, which is refused; "
             "launch without and give --dtype bfloat16 or float32"
         )
     if world_size() == 1 and not is_sharded():
@@ -45,7 +45,7 @@ def join(device: str) -> None:
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     faults = _faults_of_launch(on_cpu)
     if faults:
-        raise UserError(f"finetune: {'; '.join(faults)}")
+        raise UserError(f"launched with what does not work here: {'; '.join(faults)}")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if not on_cpu and local >= torch.cuda.device_count():
         raise UserError(f"finetune: {local + 1} or more processes on a machine with {torch.cuda.device_count()} GPU(s)")

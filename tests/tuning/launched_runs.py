@@ -6,6 +6,7 @@ Launching takes seconds and a run a fraction of one, so a launch makes many runs
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import socket
@@ -168,6 +169,8 @@ SABOTAGES = {
 
 
 def _run(job: Job) -> None:
+    import torch
+
     from mambacus import finetune
     from mambacus.runtime.errors import UserError
 
@@ -180,6 +183,10 @@ def _run(job: Job) -> None:
             finetune.run(config)
         except UserError as error:
             out.with_name(f"{out.name}.error{os.environ['RANK']}").write_text(str(error))
+    gc.collect()
+    if torch.cuda.is_available():  # the next run has its own peak
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,6 @@ from safetensors.torch import load_file
 
 from mambacus.runtime.records import Record, read_record
 from mambacus.tuning.methods import METHODS
-
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SETTINGS: Job = {
     "model": "random:micro", "max_steps": 4, "batch_size": 4, "device": "cpu", "dtype": "float32", "save_every": 2,
@@ -103,6 +104,8 @@ def same(one: Path, other: Path) -> tuple[Record, Record]:
     return records
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_that_share_the_model_out_train_as_one(alone: Path, shared: Path, name: str) -> None:
     one, two = same(alone / name, shared / name)
@@ -113,6 +116,8 @@ def test_two_processes_that_share_the_model_out_train_as_one(alone: Path, shared
         assert two.results["check"][what]["after"] == pytest.approx(found["after"], rel=1e-4), what
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_parts_may_be_unequal(alone: Path, data: Path, tmp_path: Path) -> None:
     """Three processes: nothing in this model divides by three."""
     launch(3, [job(tmp_path / name, data, **RUNS[name]) for name in ("lora", "full", "bitfit")], sharded=True)
@@ -129,6 +134,8 @@ def cut_short(run: Path, copy: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("first", "then", "sharded"), [("shared", 1, False), ("shared", 2, False), ("alone", 2, True), ("shared", 3, True)]
 )
@@ -190,6 +197,8 @@ def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[b
     return stop
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("sharded", "name"), [*((True, name) for name in SABOTAGED), *((False, name) for name in WHOLE)]
 )
@@ -203,3 +212,15 @@ def test_what_goes_wrong_on_one_process_stops_all_with_its_name(
     assert not (run / "record.json").exists()
     if "full" in name:
         assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+@pytest.mark.gpu
+def test_two_gpus_train_as_one(tmp_path: Path) -> None:
+    """``benchmarks/two_gpus.py``: DDP and FSDP2 over NCCL against one GPU, and resuming between them."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two GPUs")
+    root = Path(__file__).parents[2]
+    script = [sys.executable, str(root / "benchmarks" / "two_gpus.py"), "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
