@@ -72,7 +72,7 @@ def prepare(folder: Path) -> dict[str, Any]:
     config = dataclasses.replace(load_config("random:130m"), n_layer=12)
     save(random_model(config), folder / "base", byte_tokenizer())
     lines = [
-        {"question": f"{a} + {b}?", "answer": str(a + b), "solution": "step by step " * (a % 40)}
+        {"question": f"{a} + {b}?", "answer": str(a + b), "solution": "step by step " * (a % 40 + 1)}
         for a in range(80) for b in (3, 14)
     ]  # fmt: skip
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -104,6 +104,8 @@ def main() -> None:
             jobs = [settings | RUNS[name] | {"out": str(folder / kind / name)} | more for name in names]
             launch(count, jobs, sharded=sharded, gpus=True)
             print(f"{kind}: done after {watch.seconds:.0f} s", flush=True)
+            for error in sorted((folder / kind).glob("*.error*")):
+                print(f"{kind}: {error.name}: {error.read_text()}", flush=True)
 
         with ThreadPoolExecutor() as pool:
             kinds = [("one", 1, False), ("whole", 2, False), ("shared", 2, True)]

@@ -2,7 +2,8 @@
 
 Left out, though PEFT has them for linear layers: AdaLoRA (its loss term and its rank schedule need PEFT's own output
 type and loop), GLoRA (takes no subclass of ``nn.Linear``), Poly and X-LoRA (need a task or a router), Lily and BEFT (no
-merge), VB-LoRA, FRoD, PEANuT, OSF, AdaMSS, DEFT, PVeRA, TinyLoRA and Uni-LoRA (not tried).
+merge), OSF (projects gradients by hooks on tensors, which sharding replaces) and FRoD (decomposes the weights of all
+layers together; not tried at size).
 """
 
 from __future__ import annotations
@@ -70,6 +71,14 @@ PEFT_METHODS: dict[str, PeftMethod] = {
     "gralora": PeftMethod("GRALORA", quiet_first=(".gralora_A",)),
     "hira": PeftMethod("HIRA", quiet_first=(".hira_A",)),
     "psoft": PeftMethod("PSOFT"),
+    "vblora": PeftMethod("VBLORA"),
+    "peanut": PeftMethod("PEANUT", quiet_first=(".peanut_A",)),
+    "adamss": PeftMethod("ADAMSS", quiet_first=(".adamss_A",)),
+    "deft": PeftMethod("DEFT"),
+    "pvera": PeftMethod("PVERA", quiet_first=(".pvera_lambda_d",)),
+    "tinylora": PeftMethod("TINYLORA"),
+    "unilora": PeftMethod("UNILORA"),
+    "supertuning": PeftMethod("SUPERTUNING"),
 }
 
 

@@ -33,14 +33,23 @@ def use_plugin(accelerator: Accelerator, model: nn.Module) -> None:
     if accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate reads the plugin for accelerators only
         state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
         state.distributed_type = DistributedType.FSDP
-    reads_mixers = any(isinstance(module, Affix) for module in model.modules())  # outside of their blocks
     # the backbone writes into nothing that a block returns
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
     plugin = state.fsdp_plugin
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
-    plugin.transformer_cls_names_to_wrap = [(MambaMixer if reads_mixers else Block).__name__]
+    plugin.transformer_cls_names_to_wrap = [unit.__name__ for unit in _units(model)]
     plugin.mixed_precision_policy = None
     plugin.cpu_ram_efficient_loading = False  # it would shard what must stay whole: the buffers of adapters
+
+
+def _units(model: nn.Module) -> list[type[nn.Module]]:
+    """Return the classes of modules whose tensors are gathered together; with none, those of the model are."""
+    if any(isinstance(module, Affix) for module in model.modules()):
+        return [MambaMixer]  # an affix is read by the mixers outside of their blocks
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    owned = sum(len(list(block.parameters())) for block in blocks)
+    apart = {parameter for block in blocks for parameter in block.parameters()}
+    return [Block] if len(apart) == owned else []  # some adapters use one tensor in all blocks
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -182,6 +182,7 @@ def _run(job: Job) -> None:
         try:
             finetune.run(config)
         except UserError as error:
+            out.parent.mkdir(parents=True, exist_ok=True)
             out.with_name(f"{out.name}.error{os.environ['RANK']}").write_text(str(error))
     gc.collect()
     if torch.cuda.is_available():  # the next run has its own peak

@@ -36,6 +36,9 @@ OPTIONS = {  # what PEFT's defaults are too large for in a model this small
     "hira": ["r=8"],
     "oft": ["oft_block_size=4"],
     "boft": ["boft_block_size=4"],
+    "vblora": ["num_vectors=32", "vector_length=32"],
+    "adamss": ["num_subspaces=2", "r=8"],
+    "unilora": ["theta_d_length=64"],
     "sdt": ["share=0.05"],
 }
 DROPS = ("lora", "lora+", "rslora", "dora", "pissa", "olora", "cs5242", "sdt")  # masks depend on the processes
@@ -44,6 +47,7 @@ RUNS: dict[str, Job] = {
     **{
         name: {"method": name, "options": OPTIONS.get(name, []), "dropout": 0.0 if name in DROPS else None}
         for name in METHODS
+        if name != "pvera"  # it draws in every forward pass
     },
     "everywhere": {"method": "lora", "targets": EVERYWHERE, "dropout": 0.0},
     "dora on a tied matrix": {"method": "dora", "targets": ["embeddings", "lm_head"], "dropout": 0.0},
