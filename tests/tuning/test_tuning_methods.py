@@ -154,10 +154,10 @@ def test_each_method_goes_on_each_linear_target(
     """What the default places and LoRA's own test leave open; the model's sizes are such that all methods fit."""
 
     def fitting_model() -> MambaLM:
-        return make_model(dt_rank=8)
+        return make_model(dt_rank=8, vocab_size=264)
 
     model = attach(fitting_model(), name, targets=(target,))
-    figures = learn(model, name, samples, settings)
+    figures = learn(model, name, samples, settings, rate=1e-3 if name == "fourierft" else 1e-2)  # it scales by 300
     assert figures["loss_last"] < figures["loss_first"] * (1.001 if target == "dt_proj" else 1)  # it moves steps alone
     model.eval()
     with torch.no_grad():

@@ -47,7 +47,6 @@ RUNS: dict[str, Job] = {
     **{
         name: {"method": name, "options": OPTIONS.get(name, []), "dropout": 0.0 if name in DROPS else None}
         for name in METHODS
-        if name != "pvera"  # it draws in every forward pass
     },
     "everywhere": {"method": "lora", "targets": EVERYWHERE, "dropout": 0.0},
     "dora on a tied matrix": {"method": "dora", "targets": ["embeddings", "lm_head"], "dropout": 0.0},
