@@ -2,7 +2,7 @@
 
 Left out, though PEFT has them for linear layers: AdaLoRA (its loss term and its rank schedule need PEFT's own output
 type and loop), GLoRA (takes no subclass of ``nn.Linear``), Poly and X-LoRA (need a task or a router), Lily and BEFT (no
-merge), OSF (projects gradients by hooks on tensors, which sharding replaces), FRoD (decomposes the weights of all layers
+merge), OSF (projects gradients by hooks on tensors, which sharding replaces), FRoD (decomposes all layers' weights
 together; not tried at size) and PVeRA (draws in every pass; its loss was noise in the test that each method passes).
 """
 
