@@ -89,12 +89,14 @@ class Plan:
         steps: optimiser steps.
         tokens: real tokens over the run.
         computed_tokens: tokens including padding.
+        parts: micro-batches of a step, of all processes; of the last step there may be fewer.
     """
 
     micro_batches: list[Rows]
     steps: int
     tokens: int
     computed_tokens: int
+    parts: int
 
     @property
     def efficiency(self) -> float:
@@ -145,7 +147,7 @@ def plan(
             computed += max(totals) * len(totals)
             micro_batches.append(part)
         micro_batches += [[] for _ in range(parts - len(split) if processes > 1 else 0)]
-    return Plan(micro_batches, math.ceil(wanted / batch_size), tokens, computed)
+    return Plan(micro_batches, math.ceil(wanted / batch_size), tokens, computed, parts)
 
 
 def _split(rows: Rows, parts: int) -> list[Rows]:
