@@ -45,6 +45,7 @@ from mambacus.ops import (
     rms_norm,
     selective_scan,
     selective_state_update,
+    twins,
 )
 from mambacus.ops.dispatch import runs_eagerly_on_cpu
 
@@ -180,7 +181,8 @@ class MambaMixer(_KeepsFloat32):
         """Mix the tokens of ``hidden`` (batch, seqlen, d_model); return it with the new conv_state and ssm_state."""
         x, z = halves(self.in_proj(hidden))  # (batch, seqlen, d_inner) each
         x, conv_state = self.conv1d(x, seq_idx, conv_state, reuse_state)
-        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
+        x, twin = twins(x)  # one for the scan, one for the projection
+        dt, B, C = self.x_proj(twin).split(self.split, dim=-1)
         # The scan adds the bias, unless delta is float32 for its gradient or an adapter's layer gives the whole step.
         later = (dt.is_cuda or not torch.is_grad_enabled()) and isinstance(self.dt_proj, StepProjection)
         delta, bias = self.dt_proj(dt, later=True) if later else (self.dt_proj(dt), None)  # (batch, seqlen, d_inner)

@@ -7,6 +7,7 @@ from mambacus.ops.linear import Linear, float32_output, linear
 from mambacus.ops.quantised_linear import quantised_linear, quantised_rows
 from mambacus.ops.rms_norm import add_rms_norm, rms_norm
 from mambacus.ops.selective_scan import selective_scan, selective_state_update
+from mambacus.ops.twins import twins
 
 __all__ = [
     "Linear",
@@ -22,4 +23,5 @@ __all__ = [
     "rms_norm",
     "selective_scan",
     "selective_state_update",
+    "twins",
 ]

@@ -146,6 +146,18 @@ def test_conv_with_documents(dtype: torch.dtype) -> None:
     hold_conv(conv.forward, conv.backward, inputs, seq_idx=seq_idx)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alike", [True, False])
+def test_conv_takes_a_gradient_in_two_parts(dtype: torch.dtype, alike: bool) -> None:
+    def backward(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        twin = grad_y / 2 if alike else torch.stack([grad_y / 2] * 2, dim=-1)[..., 0]
+        return conv.backward(grad_y / 2, *args, None, twin)
+
+    seq_idx = document_ids(5, 45)
+    inputs = conv_inputs((5, 45, 20, 4), dtype, seq_idx=seq_idx, absent=("initial_state",))
+    hold_conv(conv.forward, backward, inputs, seq_idx=seq_idx)
+
+
 @pytest.mark.parametrize("shape", [(2, 40, 33, 4), (2, 2, 30, 5), (1, 9, 30, 1)])
 def test_conv_shapes(shape: tuple[int, int, int, int]) -> None:
     def backward(*args: Any) -> tuple[Tensor, ...]:

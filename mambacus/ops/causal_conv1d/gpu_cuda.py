@@ -23,7 +23,7 @@ _ENOUGH_THREADS = 1 << 17
 _THREADS = 128
 _GROUP = 4  # channels of a thread
 _Args = nvrtc.struct(
-    "x grad_y state grad_final weight bias seq y final_state grad_x grad_state part",
+    "x grad_y grad_twin state grad_final weight bias seq y final_state grad_x grad_state part",
     "sxb sgb sob",
     "sxt sgt sot batches seqlen d_inner",
 )
@@ -55,19 +55,21 @@ class Case(NamedTuple):
     has_seq: bool
     has_state: bool
     has_final: bool
+    has_twin: bool
     silu: bool
     device: int
 
     @staticmethod
     def of(
         x: Tensor, grad_y: Tensor | None, grad_x: Tensor | None, weight: Tensor, bias: Tensor | None, silu: bool,
-        seq: Tensor | None, state: Tensor | None, final: Tensor | None,
+        seq: Tensor | None, state: Tensor | None, final: Tensor | None, twin: Tensor | None,
     ) -> Case:  # fmt: skip
         """Return the case of these tensors."""
         return Case(
             nvrtc.layout(x), nvrtc.layout(grad_y), nvrtc.layout(grad_x), weight.shape[1],
             x.dtype if state is None else state.dtype,
-            bias is not None, seq is not None, state is not None, final is not None, silu, x.device.index,
+            bias is not None, seq is not None, state is not None, final is not None,
+            twin is not None, silu, x.device.index,
         )  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def _launch(case: Case, kernel: str) -> Launch:
     macros = nvrtc.macros(
         WIDTH=case.width, RUN=run, VEC=group, X_TYPE=TYPES[case.x.dtype], STATE_TYPE=TYPES[case.state_type],
         HAS_BIAS=case.has_bias, HAS_SEQ=case.has_seq, HAS_STATE=case.has_state, HAS_FINAL=case.has_final,
-        SILU=case.silu,
+        HAS_TWIN=case.has_twin, SILU=case.silu,
     )  # fmt: skip
     numbers = {"batches": batch, "seqlen": seqlen, "d_inner": d_inner}
     numbers["sxb"], numbers["sxt"] = case.x.strides
@@ -112,7 +114,7 @@ def forward(
         final = x.new_zeros(batch, d_inner, width)  # a row of padding alone has no last token that would write it
     else:
         final = state.to(x.dtype, copy=True)
-    launch = _launch(Case.of(x, None, None, weight, bias, silu, seq, state, None), "conv_forward")
+    launch = _launch(Case.of(x, None, None, weight, bias, silu, seq, state, None, None), "conv_forward")
     launch(x=x, weight=parameter(weight), bias=parameter(bias), seq=seq, state=state, y=y, final_state=final)
     return y, final
 
@@ -127,22 +129,27 @@ def backward(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
     grad_x: Tensor | None = None,
+    grad_twin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the backward kernels; return gradients of x, weight, bias (float32) and initial_state.
 
     ``grad_x`` is memory for that gradient, rows with neighbouring channels next to each other; fresh if None.
+    ``grad_twin`` is added to ``grad_y``: by the kernel where both lie in memory alike.
     """
+    if grad_twin is not None and (initial_state is not None or nvrtc.layout(grad_twin) != nvrtc.layout(grad_y)):
+        grad_y, grad_twin = grad_y + grad_twin, None
     batch, seqlen, d_inner = x.shape
     width = weight.shape[1]
     x, grad_y, seq = channels_last(x), channels_last(grad_y.to(x.dtype)), _ids(seq_idx)
+    twin = None if grad_twin is None else channels_last(grad_twin.to(x.dtype))
     state = None if initial_state is None else initial_state.contiguous()
     final = None if grad_final is None else grad_final.to(x.dtype).contiguous()
     grad_x = x.new_empty(batch, seqlen, d_inner) if grad_x is None else grad_x
-    case = Case.of(x, grad_y, grad_x, weight, bias, silu, seq, state, final)
+    case = Case.of(x, grad_y, grad_x, weight, bias, silu, seq, state, final, twin)
     launch = _launch(case, "conv_backward")
     part = x.new_empty(batch, launch.grid[1], width + 1, d_inner, dtype=torch.float32)
     grad_state = x.new_empty(0) if state is None else torch.empty_like(state)
-    tensors = {"x": x, "grad_y": grad_y, "weight": parameter(weight), "bias": parameter(bias), "seq": seq,
+    tensors = {"x": x, "grad_y": grad_y, "grad_twin": twin, "weight": parameter(weight), "bias": parameter(bias), "seq": seq,
                "state": state, "grad_final": final, "grad_x": grad_x, "grad_state": grad_state,
                "part": part}  # fmt: skip
     launch(**tensors)
