@@ -313,6 +313,7 @@ class MambaLM(nn.Module):
         config: as given.
         gradient_checkpointing: recompute each block in the backward pass, which then holds the activations of one block
             and the residual stream of all, at the cost of a second forward pass.
+        fixed_shapes: compute the loss at all positions, so that no shape depends on the labels, as recording needs.
         name_or_path: where the weights came from; adapters record it as their base.
         adapter: which adapter of `mambacus.models.ssm_adapters` sits on the model, None for none.
         beginning: that adapter's learned state of a document's beginning, None for zeros.
@@ -325,6 +326,7 @@ class MambaLM(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.fixed_shapes = False
         self.name_or_path = ""
         self.adapter: Any = None
         self.beginning: Any = None
@@ -443,7 +445,7 @@ class MambaLM(nn.Module):
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the summed cross entropy of ``targets`` (batch, seqlen) given ``hidden`` (batch, seqlen, d_model)."""
-        if hidden.is_cuda and torch.cuda.is_current_stream_capturing():  # a CUDA graph has fixed shapes
+        if self.fixed_shapes or (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
             rows, wanted = hidden.flatten(0, 1), targets.flatten()
         else:
             labelled = targets != IGNORE_INDEX

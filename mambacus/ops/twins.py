@@ -1,4 +1,4 @@
-"""A tensor that two ops read, whose gradients reach the op that made it apart: torch would add them in a kernel first."""
+"""A tensor for two readers, whose gradients reach the op that made it apart: torch would add them in a kernel first."""
 
 from __future__ import annotations
 

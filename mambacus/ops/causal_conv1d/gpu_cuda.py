@@ -149,8 +149,8 @@ def backward(
     launch = _launch(case, "conv_backward")
     part = x.new_empty(batch, launch.grid[1], width + 1, d_inner, dtype=torch.float32)
     grad_state = x.new_empty(0) if state is None else torch.empty_like(state)
-    tensors = {"x": x, "grad_y": grad_y, "grad_twin": twin, "weight": parameter(weight), "bias": parameter(bias), "seq": seq,
-               "state": state, "grad_final": final, "grad_x": grad_x, "grad_state": grad_state,
+    tensors = {"x": x, "grad_y": grad_y, "grad_twin": twin, "weight": parameter(weight), "bias": parameter(bias),
+               "seq": seq, "state": state, "grad_final": final, "grad_x": grad_x, "grad_state": grad_state,
                "part": part}  # fmt: skip
     launch(**tensors)
     if state is not None:

@@ -1,6 +1,6 @@
 """Matrix products of training under autocast on a GPU: a weight's gradient leaves the product in the weight's float32.
 
-Torch would write it in the dtype of autocast and convert it by a kernel of its own: 3 bytes moved for each that is needed.
+Torch would write it in the dtype of autocast and convert it by a kernel of its own.
 """
 
 from __future__ import annotations

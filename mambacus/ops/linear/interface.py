@@ -23,8 +23,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     When no gradient is needed, on a CPU, and all tensors are float32 or all bfloat16, few rows (decoding) run an own
     kernel that reads each weight once, and bfloat16 without hardware support converts the weights in pieces and
-    multiplies in float32, which is several times faster than torch's emulation. On a GPU, a float32 weight under autocast
-    gets its gradient in float32 from the product itself (`mambacus.ops.linear.gpu`). Else torch computes.
+    multiplies in float32, which is several times faster than torch's emulation. On a GPU, a float32 weight under
+    autocast gets its gradient in float32 from the product itself (`mambacus.ops.linear.gpu`). Else torch computes.
 
     Args:
         x: (..., in_features).
