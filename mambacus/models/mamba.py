@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ from mambacus.ops import (
     halves,
     linear,
     linear_cross_entropy,
+    remade,
     rms_norm,
     selective_scan,
     selective_state_update,
@@ -168,6 +170,7 @@ class MambaMixer(_KeepsFloat32):
         self.D = nn.Parameter(torch.empty(d_inner))
         self.out_proj = Linear(d_inner, config.d_model, bias=config.use_bias)
         self.offset: nn.Module | None = None  # an adapter: what it gives for C and z is added to the gated output
+        self.recomputes = False  # filter x again for the backward pass, where only the scan would keep it
         self._decay: tuple[Tensor, tuple[int, int], Tensor] | None = None  # A_log, where and which version, A
 
     def forward(
@@ -180,7 +183,8 @@ class MambaMixer(_KeepsFloat32):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mix the tokens of ``hidden`` (batch, seqlen, d_model); return it with the new conv_state and ssm_state."""
         x, z = halves(self.in_proj(hidden))  # (batch, seqlen, d_inner) each
-        x, conv_state = self.conv1d(x, seq_idx, conv_state, reuse_state)
+        filtering = (x, seq_idx, conv_state)
+        x, conv_state = self.conv1d(*filtering, reuse_state)
         x, twin = twins(x)  # one for the scan, one for the projection
         dt, B, C = self.x_proj(twin).split(self.split, dim=-1)
         # The scan adds the bias, unless delta is float32 for its gradient or an adapter's layer gives the whole step.
@@ -195,10 +199,11 @@ class MambaMixer(_KeepsFloat32):
             )
             y = y.unsqueeze(1)
         else:
-            y, ssm_state = selective_scan(
-                x, delta, A, B, C, self.D, z, delta_bias=bias, seq_idx=seq_idx, initial_state=ssm_state,
-                backend=self.backend,
-            )  # fmt: skip
+            with remade(x, lambda: self.conv1d(*filtering)[0]) if self.recomputes and x.is_cuda else nullcontext():
+                y, ssm_state = selective_scan(
+                    x, delta, A, B, C, self.D, z, delta_bias=bias, seq_idx=seq_idx, initial_state=ssm_state,
+                    backend=self.backend,
+                )  # fmt: skip
         if self.offset is not None:
             y = y + self.offset(C, z).view_as(y)
         return self.out_proj(y), conv_state, ssm_state  # (batch, seqlen, d_model)

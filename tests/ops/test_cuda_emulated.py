@@ -33,6 +33,7 @@ from mambacus.ops import nvrtc
 from mambacus.ops.causal_conv1d import gpu_cuda as conv
 from mambacus.ops.cross_entropy import gpu as loss
 from mambacus.ops.cross_entropy import interface
+from mambacus.ops.linear import dropout
 from mambacus.ops.rms_norm import gpu as norm
 from mambacus.ops.selective_scan import gpu_cuda as scan
 
@@ -198,9 +199,19 @@ def test_linear_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     hold_linear_cross_entropy(interface.linear_cross_entropy, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((9, 64), torch.bfloat16), ((5, 13), torch.float32), ((300, 8), torch.float16)], ids=str
+)
+def test_dropout(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, seed = torch.randn(shape).to(dtype), torch.tensor([(5 << 40) + 11])
+    y = torch.full_like(x, torch.nan)
+    dropout._launch(nvrtc.layout(x), dropout.kept_share(0.3), None)(x=x, y=y, seed=seed)
+    assert torch.equal(y, dropout.drop(x, seed, 0.3))
+
+
 def test_arguments_match_the_source() -> None:
     """ctypes lays the struct out as the C++ one: same names in the same order."""
-    for module in (scan, conv, norm, loss):
+    for module in (scan, conv, norm, loss, dropout):
         path = module._SOURCE
         body = re.search(r"struct Args \{(.*?)\n\};", path.read_text(), re.S)
         assert body is not None

@@ -22,6 +22,9 @@ from kernel_checks import (
 from mambacus.models import MambaConfig, MambaLM
 from mambacus.ops import add_rms_norm, causal_conv1d, linear, linear_cross_entropy, rms_norm, selective_scan, twins
 from mambacus.ops.causal_conv1d.reference import causal_conv1d_update_ref
+from mambacus.ops.linear import gpu as linear_gpu
+from mambacus.ops.linear.dropout import drop
+from mambacus.ops.linear.gpu import lora_linear
 from mambacus.ops.selective_scan.reference import selective_state_update_ref
 
 pytestmark = pytest.mark.gpu
@@ -228,3 +231,28 @@ def test_conv_takes_the_gradients_of_two_readers(kernels: str, dtype: torch.dtyp
         found.append(torch.autograd.grad([first, second], leaves, ones))
     for a, b in zip(*found, strict=True):
         assert (a - b).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * b.norm()
+
+
+@pytest.mark.parametrize("shape", [(50, 64), (7, 13)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_is_that_of_the_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, seed = torch.randn(shape).to(dtype), torch.tensor([(5 << 40) + 11])
+    assert torch.equal(drop(x.cuda(), seed.cuda(), 0.3).cpu(), drop(x, seed, 0.3))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_loras_product(dropout: float) -> None:
+    """The same seed on a GPU and a CPU: the product and the gradients are equal up to rounding."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(*size) for size in ((50, 64), (96, 64), (8, 64), (96, 8))]
+    grad, seed = torch.randn(50, 96).bfloat16(), torch.tensor([12345])
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_gpu, "draw_seed", seed.to)
+        for device in ("cuda", "cpu"):
+            x, weight, down, up = (leaf.to(device, copy=True).requires_grad_() for leaf in leaves)
+            y = lora_linear(x, weight.detach(), down, up, 2.5, dropout, torch.bfloat16)
+            y.backward(grad.to(device))
+            found.append([t.detach().cpu().double() for t in (y, x.grad, down.grad, up.grad)])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 5e-3 * b.norm()

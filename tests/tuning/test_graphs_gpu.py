@@ -93,3 +93,30 @@ def test_pretraining(make_model: Callable[..., MambaLM], tmp_path: Path) -> None
         facts = training.summary()["cuda_graph"]
         assert facts["used"] == (graph == "on") and (graph == "off" or facts["repeated"] == STEPS - 1)
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+@pytest.mark.parametrize(("autocast", "bound"), [(False, 2e-5), (True, 3e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", [("in_proj", "out_proj"), ("all-linear",)], ids=str)
+def test_lora_has_the_gradients_of_the_cpu(
+    make_model: Callable[..., MambaLM], targets: tuple[str, ...], autocast: bool, bound: float
+) -> None:
+    """The GPU's own product of LoRA, the input of the scan made again and the gradients apart, against torch."""
+    torch.manual_seed(0)
+    model = METHODS["lora"].attach(make_model(), AdapterSettings(dropout=0.0, targets=targets)).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.randint(2, 250, (3, 70))
+    seq_idx = (torch.arange(70) // 30).expand(3, -1).int().contiguous()
+    found = []
+    for device in ("cpu", "cuda"):
+        model.to(device).zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast and device == "cuda"):
+            loss = model(
+                input_ids=ids.to(device), seq_idx=seq_idx.to(device), labels=ids.to(device), loss_only=True
+            ).loss
+        loss.backward()
+        found.append({n: p.grad.double().cpu() for n, p in model.named_parameters() if p.requires_grad})
+    for name, expected in found[0].items():
+        error = (found[1][name] - expected).norm() / expected.norm()
+        assert error < bound, (name, error)

@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mambacus.ops.linear.dropout import draw_seed, drop
+
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def autocast_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``x @ weight.T`` (..., out_features) in ``dtype``, with gradients in the dtypes of ``x`` and ``weight``.
@@ -58,3 +62,61 @@ class _Linear(torch.autograd.Function):
         if inputs is None:
             return grad_x, None, None
         return grad_x, float32_product(grad.flatten(0, -2).t(), inputs.flatten(0, -2)), None
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float, dropout: float, dtype: torch.dtype
+) -> Tensor:
+    """Return ``x @ weight.T + scale * (drop(x) @ down.T) @ up.T`` in ``dtype``, for a weight that is not trained.
+
+    The adapter's product comes first and the large one is added to it while it is computed, forwards and backwards:
+    the other way round, the small one would read and write the large result again.
+
+    Args:
+        x: (rows, in_features).
+        weight: (out_features, in_features), frozen.
+        down: float32 (rank, in_features).
+        up: float32 (out_features, rank).
+        scale: of the update.
+        dropout: share of ``x`` that the adapter does not see.
+        dtype: of the products, bfloat16 or float16.
+
+    Numerics:
+        Sums in float32; both products are rounded to ``dtype``, the gradients of ``down`` and ``up`` are not.
+
+    Memory:
+        For the backward pass what the adapter sees of ``x`` and its product with ``down``, in ``dtype``; no mask and no
+        copy of the weight.
+    """
+    y: Tensor = _LoraLinear.apply(x, weight, down, up, scale, dropout, dtype)
+    return y
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float, dropout: float, dtype: torch.dtype
+    ) -> Tensor:
+        rows, small, large = x.to(dtype).contiguous(), down.to(dtype), (up * scale).to(dtype)
+        seed = draw_seed(x.device) if dropout > 0 else None
+        seen = rows if seed is None else drop(rows, seed, dropout)
+        low = seen @ small.t()  # (rows, rank)
+        ctx.save_for_backward(seen, weight, small, large, low, seed)
+        ctx.scale, ctx.dropout, ctx.x_dtype = scale, dropout, x.dtype
+        return torch.mm(low, large.t()).addmm_(rows, weight.to(dtype).t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        seen, weight, small, large, low, seed = ctx.saved_tensors
+        (grad,) = grads
+        grad_low = grad @ large
+        grad_up = float32_product(grad.t(), low).mul_(ctx.scale)
+        grad_down = float32_product(grad_low.t(), seen)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_low @ small
+            if seed is not None:
+                drop(grad_x, seed, ctx.dropout, out=grad_x)
+            grad_x = grad_x.addmm_(grad, weight.to(grad.dtype)).to(ctx.x_dtype)
+        return grad_x, None, grad_down, grad_up, None, None, None

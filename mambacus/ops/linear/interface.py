@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambacus.ops.dispatch import runs_eagerly_on_cpu, runs_eagerly_on_gpu
+from mambacus.ops.linear.gpu import HALVES, autocast_linear
 
 FEW_ROWS = 64  # up to here the own kernel is faster than torch's product
 _VECTOR = 16  # the kernel reads whole vectors of at most so many numbers
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of inputs, and after the first of autocast
 HEAD_TOKENS = 256  # of each row, for which a head's output is held in the dtype of the weights
 CONVERTED_WEIGHTS = 1 << 22  # weights converted to float32 at a time: 16 MiB
 
@@ -41,8 +41,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         At most 16 MiB for converted weights, besides the result in float32.
     """
     if bias is None and _trains_on_gpu(x, weight):
-        from mambacus.ops.linear.gpu import autocast_linear
-
         return autocast_linear(x, weight, torch.get_autocast_dtype("cuda"))
     if not _runs_here(x, weight, bias):
         return F.linear(x, weight, bias)
@@ -93,10 +91,10 @@ def _trains_on_gpu(x: Tensor, weight: Tensor) -> bool:
     """Tell whether a gradient is wanted of a product of a float32 weight under autocast to half precision on a GPU."""
     if not (runs_eagerly_on_gpu(x) and runs_eagerly_on_gpu(weight) and torch.is_autocast_enabled("cuda")):
         return False
-    if weight.dtype != torch.float32 or weight.dim() != 2 or x.dim() < 2 or x.dtype not in _AUTOCAST_DTYPES:
+    if weight.dtype != torch.float32 or weight.dim() != 2 or x.dim() < 2 or x.dtype not in (torch.float32, *HALVES):
         return False
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return wanted and torch.get_autocast_dtype("cuda") in _AUTOCAST_DTYPES[1:]
+    return wanted and torch.get_autocast_dtype("cuda") in HALVES
 
 
 def _runs_here(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
