@@ -91,6 +91,7 @@ def _emulated(build: Callable[[nvrtc.Program], ctypes.CDLL], monkeypatch: pytest
 
     monkeypatch.setattr(nvrtc.Program, "kernel", kernel)
     monkeypatch.setattr(conv, "_THREADS", 32)
+    monkeypatch.setattr(conv, "_multiprocessors", lambda device: 2)
 
 
 def hold(inputs: dict[str, Any], forward_plan: scan.Plan, backward_plan: scan.Plan, **options: Any) -> None:
@@ -157,6 +158,17 @@ def test_conv_takes_a_gradient_in_two_parts(dtype: torch.dtype, alike: bool) -> 
     seq_idx = document_ids(5, 45)
     inputs = conv_inputs((5, 45, 20, 4), dtype, seq_idx=seq_idx, absent=("initial_state",))
     hold_conv(conv.forward, backward, inputs, seq_idx=seq_idx)
+
+
+@pytest.mark.parametrize("plan", [conv.Plan(4, 4, 32), conv.Plan(2, 8, 16), conv.Plan(1, 1, 128)], ids=str)
+def test_conv_launches(plan: conv.Plan) -> None:
+    inputs = conv_inputs((2, 70, 20, 4), torch.bfloat16)
+    hold_conv(conv.forward, functools.partial(conv.backward, plan=plan), inputs)
+
+
+def test_conv_runs_fill_whole_rounds_of_blocks() -> None:
+    rounds = {shape: conv.backward_plan(shape, 132).run for shape in ((8, 2048, 1536 // 4), (4, 2048, 4096 // 4))}
+    assert rounds == {(8, 2048, 384): 32, (4, 2048, 1024): 128}  # blocks of 32 threads here, 128 on a GPU
 
 
 @pytest.mark.parametrize("shape", [(2, 40, 33, 4), (2, 2, 30, 5), (1, 9, 30, 1)])

@@ -7,7 +7,7 @@
 // the input j tokens before, lies in the row if j <= age. Beyond, the taps of the row's first document lie in the initial state,
 // column WIDTH - (j - age); those of other documents are zero.
 //
-// Macros: WIDTH, RUN, VEC; X_TYPE, STATE_TYPE; HAS_BIAS, HAS_SEQ, HAS_STATE, HAS_FINAL, HAS_TWIN, SILU (0 or 1).
+// Macros: WIDTH, RUN, VEC; THREADS of a block, MIN_BLOCKS for each multiprocessor; X_TYPE, STATE_TYPE; HAS_BIAS, HAS_SEQ, HAS_STATE, HAS_FINAL, HAS_TWIN, SILU (0 or 1).
 
 #define AHEAD 4  // tokens loaded at once
 
@@ -144,7 +144,7 @@ __device__ __forceinline__ float before_silu(float grad, float total) {
   return grad * s * fmaf(total, 1.0f - s, 1.0f);
 }
 
-extern "C" __global__ void conv_backward(const Args p) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_backward(const Args p) {
   const int d = (blockIdx.x * blockDim.x + threadIdx.x) * VEC;
   const long long batch = blockIdx.z;
   if (d >= p.d_inner) return;

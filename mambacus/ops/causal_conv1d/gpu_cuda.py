@@ -22,6 +22,7 @@ _RUN = 32  # tokens of a thread, or half of it where that gives few threads
 _ENOUGH_THREADS = 1 << 17
 _THREADS = 128
 _GROUP = 4  # channels of a thread
+_RUNS = (16, 32, 64, 128)  # tokens of a thread of the backward pass, which reads WIDTH more
 _Args = nvrtc.struct(
     "x grad_y grad_twin state grad_final weight bias seq y final_state grad_x grad_state part",
     "sxb sgb sob",
@@ -41,6 +42,42 @@ def obstacle(x: Tensor, width: int, *others: Tensor | None) -> str | None:
         if tensor is not None and tensor.dtype not in TYPES:
             return f"they take float32, bfloat16 and float16, got {tensor.dtype}"
     return nvrtc.unavailable()
+
+
+class Plan(NamedTuple):
+    """How ``conv_backward`` is compiled and launched.
+
+    Attributes:
+        group: channels of a thread.
+        blocks: blocks a multiprocessor shall hold, which bounds the registers.
+        run: tokens of a thread.
+    """
+
+    group: int
+    blocks: int
+    run: int
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.lru_cache(maxsize=1024)
+def backward_plan(shape: tuple[int, int, int], multiprocessors: int) -> Plan:
+    """Return the launch of ``conv_backward`` for x of this shape: two channels a thread, for twice as many warps.
+
+    The tokens of a thread are chosen for whole rounds of blocks: a round that is filled in part takes as long as a full
+    one. Beside its tokens a thread reads a few of its neighbour's and writes sums, about as much as 8 tokens.
+    """
+    batch, seqlen, d_inner = shape
+    group, blocks = 2, 8
+
+    def cost(run: int) -> tuple[int, int]:
+        grid = -(-d_inner // (_THREADS * group)) * -(-seqlen // run) * batch
+        return -(-grid // (blocks * multiprocessors)) * (run + 8), -run
+
+    return Plan(group, blocks, min(_RUNS, key=cost))
 
 
 class Case(NamedTuple):
@@ -74,12 +111,15 @@ class Case(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _launch(case: Case, kernel: str) -> Launch:
+def _launch(case: Case, kernel: str, plan: Plan | None = None) -> Launch:
+    """Return the launch of one kernel; ``plan`` is that of the backward pass."""
     batch, seqlen, d_inner = case.x.shape
-    group = nvrtc.group_size(_GROUP, case.x, case.grad_y, case.grad_x)
+    group = nvrtc.group_size(plan.group if plan else _GROUP, case.x, case.grad_y, case.grad_x)
     run = _RUN if batch * seqlen * d_inner >= _ENOUGH_THREADS * group * _RUN else _RUN // 2
+    run = plan.run if plan else run
     macros = nvrtc.macros(
-        WIDTH=case.width, RUN=run, VEC=group, X_TYPE=TYPES[case.x.dtype], STATE_TYPE=TYPES[case.state_type],
+        WIDTH=case.width, RUN=run, VEC=group, THREADS=_THREADS, MIN_BLOCKS=plan.blocks if plan else 1,
+        X_TYPE=TYPES[case.x.dtype], STATE_TYPE=TYPES[case.state_type],
         HAS_BIAS=case.has_bias, HAS_SEQ=case.has_seq, HAS_STATE=case.has_state, HAS_FINAL=case.has_final,
         HAS_TWIN=case.has_twin, SILU=case.silu,
     )  # fmt: skip
@@ -130,6 +170,7 @@ def backward(
     initial_state: Tensor | None,
     grad_x: Tensor | None = None,
     grad_twin: Tensor | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the backward kernels; return gradients of x, weight, bias (float32) and initial_state.
 
@@ -146,7 +187,8 @@ def backward(
     final = None if grad_final is None else grad_final.to(x.dtype).contiguous()
     grad_x = x.new_empty(batch, seqlen, d_inner) if grad_x is None else grad_x
     case = Case.of(x, grad_y, grad_x, weight, bias, silu, seq, state, final, twin)
-    launch = _launch(case, "conv_backward")
+    plan = plan or backward_plan(x.shape, _multiprocessors(x.device.index))
+    launch = _launch(case, "conv_backward", plan)
     part = x.new_empty(batch, launch.grid[1], width + 1, d_inner, dtype=torch.float32)
     grad_state = x.new_empty(0) if state is None else torch.empty_like(state)
     tensors = {"x": x, "grad_y": grad_y, "grad_twin": twin, "weight": parameter(weight), "bias": parameter(bias),
@@ -154,6 +196,6 @@ def backward(
                "part": part}  # fmt: skip
     launch(**tensors)
     if state is not None:
-        _launch(case, "conv_backward_state")(**tensors)
+        _launch(case, "conv_backward_state", plan)(**tensors)
     sums = part.sum((0, 1))
     return grad_x, sums[:width].t().contiguous(), sums[width], grad_state
