@@ -126,7 +126,8 @@ def other_ops(shape: Shape) -> dict[str, float]:
     }
     joined, twin = torch.empty(batch, seqlen, 2 * d_inner, dtype=BF16, device=DEVICE), normal(batch, seqlen, d_inner)
     for numbers in CONV_BACKWARD:  # as in training: into one half, from two readers
-        runs[f"conv_backward, two readers {numbers}"] = lambda plan=conv_cuda.Plan(*numbers): conv_cuda.backward(
+        plan = conv_cuda.Plan(*numbers)
+        runs[f"conv_backward, two readers {numbers}"] = lambda plan=plan: conv_cuda.backward(
             grad, None, x, weight, bias, True, None, None, joined[..., :d_inner], twin, plan
         )
     return {name: graph_ms(run, DEVICE) for name, run in runs.items()}

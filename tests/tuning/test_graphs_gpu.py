@@ -51,7 +51,7 @@ def hold(plain: dict[str, Any], recorded: dict[str, Any], bound: float) -> None:
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * bound), one["step"]
 
 
-@pytest.mark.parametrize(("autocast", "bound"), [(None, 1e-5), (torch.bfloat16, 2e-3)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("autocast", "bound"), [(None, 1e-4), (torch.bfloat16, 2e-3)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("method", "grad_accum"), [("full", 1), ("full", 2), ("lora", 1), ("lora", 2)])
 def test_finetuning(
     make_model: Callable[..., MambaLM], settings: Settings, samples: list[Sample], method: str, grad_accum: int,
@@ -65,7 +65,7 @@ def test_finetuning(
 def test_dropout_draws_what_it_draws_without(make_model: Callable[..., MambaLM], settings: Settings) -> None:
     data, adapter = equal_samples(64, 8), AdapterSettings(dropout=0.5)
     results = [finetuned(make_model, settings, data, "lora", graph, adapter=adapter) for graph in ("off", "on")]
-    hold(results[0], results[1], 1e-5)
+    hold(results[0], results[1], 1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora+", "rslora", "cs5242"])
@@ -74,7 +74,7 @@ def test_other_methods_that_are_recorded_unasked(
 ) -> None:
     adapter = AdapterSettings(dropout=0.0)
     runs = [finetuned(make_model, settings, samples, method, graph, adapter=adapter) for graph in ("off", "auto")]
-    hold(runs[0], runs[1], 1e-5)
+    hold(runs[0], runs[1], 1e-4)
 
 
 def test_pretraining(make_model: Callable[..., MambaLM], tmp_path: Path) -> None:
