@@ -17,10 +17,10 @@ def remade(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager
         tensor: an input of the ops in the context.
         make: gives the same numbers again; called without gradients each time the backward pass asks for them.
     """
+    wanted = _identity(tensor)  # not the tensor: torch keeps this function as long as what it returns
 
     def keep(kept: Tensor) -> Any:
-        same = kept.data_ptr() == tensor.data_ptr() and kept.shape == tensor.shape and kept.dtype == tensor.dtype
-        return make if same else kept
+        return make if _identity(kept) == wanted else kept
 
     def give(kept: Any) -> Tensor:
         if isinstance(kept, Tensor):
@@ -30,3 +30,7 @@ def remade(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager
         return made
 
     return torch.autograd.graph.saved_tensors_hooks(keep, give)
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from mambacus.ops import remade
@@ -32,3 +34,16 @@ def test_views_of_other_shapes_are_kept():
     (gradient,) = torch.autograd.grad(y.sum(), x)
     expected = x[:3].exp() + 2 * x[:3]
     torch.testing.assert_close(gradient[:3], expected)
+
+
+def test_the_tensor_is_given_back_at_once():
+    """Torch keeps the functions of the context as long as what they return: they must not hold the tensor."""
+    leaf, weight = torch.randn(5, requires_grad=True), torch.randn(5, requires_grad=True)
+    x = 3 * leaf
+    alive = weakref.ref(x)
+    with remade(x, lambda: 3 * leaf):
+        y = x * weight
+    del x
+    assert alive() is None
+    y.sum().backward()
+    assert torch.equal(weight.grad, 3 * leaf)
