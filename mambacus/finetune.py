@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 RECORD = "record.json"
 LEFT_OUT = "left_out.jsonl"
 _WHERE_AND_HOW = ("out", "resume", "save_every", "data_dir", "device", "dtype", "cache", "check", "held_out", "sweep",
-                  "collect")  # fmt: skip
+                  "collect", "cuda_graph")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,11 @@ class Config:
     collect: bool = opt(False, "with --sweep: write the comparison record of finished runs in --out, train nothing")
     device: str = opt("auto", "auto, cpu or cuda")
     dtype: str = opt("auto", "of the matrix products: auto, float32 or bfloat16; weights are float32")
+    cuda_graph: str = opt(
+        "auto",
+        "record passes as CUDA graphs and repeat them: less work for the CPU (auto: one GPU, full or LoRA)",
+        choices=("auto", "on", "off"),
+    )
     save_every: int = opt(100, "steps between checkpoints", least=1)
     data_dir: Path | None = opt(None, "folder of the math sets", metavar="DIR")
 
@@ -262,7 +267,7 @@ def _how(config: Config, device: torch.device, autocast: torch.dtype | None, rat
 
     return Settings(
         config.out, device, autocast, rate, weight_decay=config.weight_decay, grad_accum=config.grad_accum,
-        save_every=config.save_every, seed=config.seed,
+        save_every=config.save_every, seed=config.seed, cuda_graph=config.cuda_graph,
     )  # fmt: skip
 
 

@@ -39,6 +39,11 @@ class GradientAudit(TrainerCallback):
         self._updates = 0
         self._before: torch.Tensor | None = None
 
+    @property
+    def settled(self) -> bool:
+        """Whether the first two updates have been checked."""
+        return self._updates >= 2
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from mambacus.models import MambaLM
+from mambacus.models.mamba import MambaMixer
 from mambacus.models.ssm_adapters import SSM_METHODS, attach
 from mambacus.runtime.errors import UserError, suggest
 from mambacus.tuning.peft_methods import PEFT_METHODS, attach_peft
@@ -92,10 +93,15 @@ class Method:
             return model.requires_grad_(True)
         if self.kind == "ssm":
             attach(model, self.name, _ssm_options(self.name, settings))
-            return model
-        return attach_peft(
-            model, PEFT_METHODS[self.peft or self.name], settings.targets or self.targets, self._keys(settings)
-        )
+            attached: nn.Module = model
+        else:
+            attached = attach_peft(
+                model, PEFT_METHODS[self.peft or self.name], settings.targets or self.targets, self._keys(settings)
+            )
+        for module in attached.modules():
+            if isinstance(module, MambaMixer):
+                module.recomputes = not any(p.requires_grad for p in module.x_proj.parameters())
+        return attached
 
     def _keys(self, settings: AdapterSettings) -> dict[str, Any]:
         """Return PEFT's configuration keys for ``settings``."""

@@ -25,10 +25,11 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from mambacus.runtime.device import has_bfloat16
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.memory import PeakMemory
-from mambacus.tuning import processes, sharding
+from mambacus.tuning import graphs, processes, sharding
 from mambacus.tuning.audit import FrozenCheck, GradientAudit, TrainingStoppedError, first_bad_module, trainable
 from mambacus.tuning.checkpoints import STAGING, newest_checkpoint, read_notes, write_checkpoint
-from mambacus.tuning.packing import PlannedBatches
+from mambacus.tuning.packing import PADDING_VALUES, PlannedBatches
+from mambacus.tuning.peft_methods import base_of
 
 _WEIGHTS = "trainable.safetensors"
 _NO_WEIGHT = re.compile(r"\.A_log$|\.parametrizations\.A_log\.|\.offset\.|(^|\.)beginning\.")
@@ -50,6 +51,7 @@ class Settings:
         seed: of dropout (the order of the data is the plan's).
         warmup: share of the steps in which the rate rises.
         clip: largest gradient norm.
+        cuda_graph: whether passes are recorded as CUDA graphs: ``auto``, ``on`` or ``off``.
     """
 
     folder: Path
@@ -62,6 +64,7 @@ class Settings:
     seed: int = 0
     warmup: float = 0.03
     clip: float = 1.0
+    cuda_graph: str = "auto"
 
 
 def choose_autocast(dtype: str, device: torch.device) -> torch.dtype | None:
@@ -107,7 +110,7 @@ def train(
         resume: continue from the newest whole checkpoint in ``settings.folder``, if there is one.
 
     Returns:
-        ``{"train": {...}, "history": [...]}`` as docs/architecture.md lists them.
+        ``{"train": {...}, "history": [...], "cuda_graph": {...}}`` as docs/architecture.md lists them.
 
     Raises:
         TrainingStoppedError: a trainable tensor takes no part, or the loss or a gradient is not finite.
@@ -141,7 +144,7 @@ def train(
         "peak_memory_of": memory.of,
         "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
     }
-    return {"train": figures, "history": history}
+    return {"train": figures, "history": history, "cuda_graph": trainer.graph_facts()}
 
 
 class Learner(nn.Module):
@@ -230,12 +233,15 @@ class MambaTrainer(Trainer):
         self._checkpoints = settings.folder / "checkpoints"
         self._staging: Path | None = None
         self._whole: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None  # weights and optimiser, to be saved
+        self._audit = GradientAudit(model, quiet_first)
+        self._graph = graphs.choose(settings.cuda_graph, model, settings.device)
+        self._passes: graphs.Passes | None = None
         super().__init__(
             model=self.learner,
             args=_arguments(settings, data.plan.steps),
             train_dataset=data,
             data_collator=_only_item,
-            callbacks=[GradientAudit(model, quiet_first), Progress(data), _tensorboard(settings.folder)],
+            callbacks=[self._audit, Progress(data), _tensorboard(settings.folder)],
         )
         self.remove_callback(PrinterCallback)
 
@@ -296,8 +302,15 @@ class MambaTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run forward and backward; stop before the update if the loss is not finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        """Run forward and backward; stop before the update if the loss is not finite.
+
+        The steps that the audit looks at closely run as they are, those after them from recordings if that was chosen.
+        """
+        if self._graph.used and self._audit.settled:
+            count = torch.as_tensor(num_items_in_batch, device=self.settings.device)
+            loss = self._recorded_passes().run({**self._prepare_inputs(inputs), "num_items_in_batch": count})
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         bad = ~loss.isfinite()
         if sharding.anywhere(bad) if processes.is_sharded() else bad:
             batch = self._prepare_inputs(inputs)
@@ -310,6 +323,26 @@ class MambaTrainer(Trainer):
                 f"{f'{last} is kept' if last else 'no checkpoint was written yet'}"
             )
         return loss
+
+    def _recorded_passes(self) -> graphs.Passes:
+        def run(batch: graphs.Batch) -> torch.Tensor:
+            inputs = dict(batch)
+            count = inputs.pop("num_items_in_batch")
+            loss = self.compute_loss(self.learner, inputs, num_items_in_batch=count)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+        if self._passes is None:
+            recorder = graphs.CudaRecorder(self.settings.device)
+            self._passes = graphs.Passes(
+                run, base_of(self.learner.model), [*trainable(self.learner.model).values()], PADDING_VALUES, recorder
+            )
+        return self._passes
+
+    def graph_facts(self) -> dict[str, Any]:
+        """Return whether passes were recorded, why, and how many, for the record."""
+        counts = self._passes.counts if self._passes else {}
+        return {"used": self._graph.used, "reason": self._graph.reason} | counts
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self._checkpoints)

@@ -228,3 +228,55 @@ def test_a_head_in_pieces_gives_what_it_gives_whole(tokens: int, dtype: torch.dt
     assert sum(pieces) == tokens and max(pieces) <= (HEAD_TOKENS if dtype == torch.bfloat16 else tokens)
     got = float32_output(layer, x.requires_grad_(), 48)
     assert got.dtype == torch.float32 and got.requires_grad
+
+
+@pytest.mark.parametrize("rows", [(7,), (2, 5)], ids=str)
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=["both", "input", "weight"])
+def test_under_autocast_gradients_are_no_worse_than_torchs(rows, wanted):
+    from mambacus.ops.linear.gpu import autocast_linear
+
+    x, weight, _ = inputs(rows, 24, 40, torch.float32)
+    grad = torch.randn(*rows, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def run(function, dtype):
+        leaves = [
+            t.detach().to(dtype, copy=True).requires_grad_(wants) for t, wants in zip((x, weight), wanted, strict=True)
+        ]
+        y = function(*leaves)
+        y.backward(grad.to(y.dtype))
+        return {"y": y.detach()} | {
+            name: leaf.grad for name, leaf, wants in zip("xw", leaves, wanted, strict=True) if wants
+        }
+
+    def torchs(x, weight):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.linear(x, weight)
+
+    got = run(lambda x, weight: autocast_linear(x, weight, torch.bfloat16), torch.float32)
+    same = run(torchs, torch.float32)
+    assert {name: t.dtype for name, t in got.items()} == {name: t.dtype for name, t in same.items()}
+    assert_as_good_as(got, same, run(F.linear, torch.float64))
+
+
+def test_under_autocast_a_frozen_weight_leaves_no_copy():
+    from mambacus.ops.linear.gpu import autocast_linear
+
+    x, weight, _ = inputs((7,), 24, 40, torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        autocast_linear(x.requires_grad_(), weight, torch.bfloat16)
+    assert [t.data_ptr() for t in kept] == [weight.data_ptr()]
+
+
+def test_on_a_cpu_autocast_is_torchs(monkeypatch):
+    x, weight, _ = inputs((7,), 24, 40, torch.float32)
+    with torch.autocast("cuda", torch.bfloat16, enabled=False):
+        assert not interface._trains_on_gpu(x, weight.requires_grad_())
+    monkeypatch.setattr(interface, "runs_eagerly_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    assert interface._trains_on_gpu(x, weight)
+    assert not interface._trains_on_gpu(x, weight.detach())  # nothing to differentiate
+    assert not interface._trains_on_gpu(x, weight.detach().bfloat16().requires_grad_())
+    assert not interface._trains_on_gpu(x.double(), weight)
+    assert linear(x, weight).dtype == torch.bfloat16
