@@ -33,4 +33,4 @@ def test_graphs_train_what_steps_train(arm):
     assert recorded.tokens == plain.tokens
     for one, other in zip(learners[0].parameters(), learners[1].parameters(), strict=True):
         moved = (one - other).norm() / one.norm()
-        assert moved < 0.02
+        assert moved < 0.05
