@@ -20,6 +20,7 @@ import torch
 from mambacus.measuring.scan import calls, graph_ms, scan_inputs
 from mambacus.ops import nvrtc
 from mambacus.ops.causal_conv1d import gpu as conv
+from mambacus.ops.causal_conv1d import gpu_cuda as conv_cuda
 from mambacus.ops.cross_entropy.gpu import cross_entropy_
 from mambacus.ops.rms_norm import gpu as norm
 from mambacus.ops.selective_scan import gpu as scan
@@ -33,6 +34,8 @@ SHAPES: tuple[Shape, ...] = ((8, 1536, 2048), (1, 1536, 2048), (4, 4096, 2048), 
 # warps, tile, blocks for each multiprocessor
 FORWARD = ((4, 32, 4), (4, 32, 3), (4, 16, 4), (2, 32, 6))
 BACKWARD = ((4, 16, 2), (4, 8, 3), (4, 16, 3), (8, 8, 2))
+# channels of a thread, blocks for each multiprocessor, tokens of a thread
+CONV_BACKWARD = ((4, 1, 32), (4, 1, 64), *((2, blocks, run) for blocks in (6, 8) for run in (16, 32, 64, 128)))
 
 
 def segments(shape: Shape) -> list[int]:
@@ -121,6 +124,12 @@ def other_ops(shape: Shape) -> dict[str, float]:
         "norm_backward": lambda: norm.backward(y, total, total, scale, rms, BF16),
         "cross_entropy_4096x50280": lambda: cross_entropy_(logits, targets, gradient=True),
     }
+    joined, twin = torch.empty(batch, seqlen, 2 * d_inner, dtype=BF16, device=DEVICE), normal(batch, seqlen, d_inner)
+    for numbers in CONV_BACKWARD:  # as in training: into one half, from two readers
+        plan = conv_cuda.Plan(*numbers)
+        runs[f"conv_backward, two readers {numbers}"] = lambda plan=plan: conv_cuda.backward(
+            grad, None, x, weight, bias, True, None, None, joined[..., :d_inner], twin, plan
+        )
     return {name: graph_ms(run, DEVICE) for name, run in runs.items()}
 
 
@@ -128,14 +137,15 @@ def main() -> None:
     """Time, print, write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the record")
+    parser.add_argument("--skip-launches", action="store_true", help="do not compare launches of the scan")
     options = parser.parse_args()
     watch = Stopwatch()
     results: dict[str, Any] = {"launches": [], "kernels": {}, "others": {}}
-    for shape in SHAPES[:2]:
+    for shape in SHAPES[:3]:
         results["kernels"][str(shape)] = kernel_times(calls(shape, DEVICE, BF16)[1])
         results["others"][str(shape)] = other_ops(shape)
         print(shape, results["kernels"][str(shape)], results["others"][str(shape)], sep="\n", flush=True)
-    for shape in SHAPES:
+    for shape in () if options.skip_launches else SHAPES:
         rows = compare_launches(shape)
         results["launches"] += rows
         for kernel in ("forward", "backward"):

@@ -1,9 +1,11 @@
 """Time training steps and prefill of random models on a GPU: tokens a second, peak memory, and where the time goes.
 
-Run from the repository: ``PYTHONPATH=. python benchmarks/gpu_training.py --out benchmarks train:130m:8x2048
+Run from the repository, all bars in one run: ``PYTHONPATH=. python benchmarks/gpu_training.py --out benchmarks
+graph:130m:8x2048 graph:370m:8x2048 graph:1.4b:4x2048 lora-graph:1.4b:4x2048 lora-graph:2.8b:2x2048
 prefill:1.4b:32x2048``. Training is forward and backward without an optimiser step, float32 weights under bfloat16
-autocast (``graph``: replayed as a CUDA graph); prefill is one pass in bfloat16 with the logits of the last token.
-Writes one JSON record named by date and GPU.
+autocast: ``train`` all weights, ``lora`` as ``finetune --method lora`` attaches it, each as it is or (``graph``,
+``lora-graph``) replayed as a CUDA graph; prefill is one pass in bfloat16 with the logits of the last token. Writes one
+JSON record named by date and GPU.
 """
 
 from __future__ import annotations
@@ -21,19 +23,23 @@ import torch
 from mambacus.measuring.timing import captured
 from mambacus.models import load
 from mambacus.runtime.records import Stopwatch, write_record
+from mambacus.tuning.methods import AdapterSettings, find_method
 
 DEVICE = torch.device("cuda")
 
 
 def step_of(kind: str, name: str, batch: int, seqlen: int) -> Callable[[], Any]:
-    """Return what is timed."""
-    model, _ = load(f"random:{name}", device=DEVICE, dtype=torch.bfloat16 if kind == "prefill" else torch.float32)
+    """Return what is timed; memory counts from the loaded model on."""
+    loaded, _ = load(f"random:{name}", device=DEVICE, dtype=torch.bfloat16 if kind == "prefill" else torch.float32)
     ids = torch.randint(2, 50000, (batch, seqlen), device=DEVICE)
+    lora, graph = kind.startswith("lora"), kind.endswith("graph")
+    model: Any = find_method("lora").attach(loaded, AdapterSettings(rank=16)) if lora else loaded
+    torch.cuda.reset_peak_memory_stats()
 
     def train() -> None:
         model.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=kind != "graph"):
-            loss = model(ids, labels=ids, loss_only=True).loss
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=not graph):
+            loss = model(input_ids=ids, labels=ids, loss_only=True).loss
         loss.backward()
 
     @torch.inference_mode()
@@ -43,7 +49,7 @@ def step_of(kind: str, name: str, batch: int, seqlen: int) -> Callable[[], Any]:
     if kind == "prefill":
         return prefill
     model.train()
-    return train if kind == "train" else captured(train)
+    return captured(train) if graph else train
 
 
 def measure(case: str, kernels: int) -> dict[str, Any]:
@@ -52,7 +58,6 @@ def measure(case: str, kernels: int) -> dict[str, Any]:
     batch, seqlen = (int(size) for size in shape.split("x"))
     step = step_of(kind, name, batch, seqlen)
     step()
-    torch.cuda.reset_peak_memory_stats()
     samples = []
     for _ in range(10):
         torch.cuda.synchronize()
@@ -61,23 +66,27 @@ def measure(case: str, kernels: int) -> dict[str, Any]:
         queued = time.perf_counter() - start
         torch.cuda.synchronize()
         samples.append((time.perf_counter() - start, queued))
+    peak = torch.cuda.max_memory_allocated()
     seconds, queued = sorted(samples)[len(samples) // 2]
+    found = profile(step)
     return {
         "case": case, "ms": round(1e3 * seconds, 2), "queued_ms": round(1e3 * queued, 2),
-        "tokens_per_second": round(batch * seqlen / seconds),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "kernels": profile(step, kernels),
+        "tokens_per_second": round(batch * seqlen / seconds), "peak_gib": round(peak / 2**30, 2),
+        "busy_ms": round(sum(row["ms"] for row in found), 2), "launches": sum(row["calls"] for row in found),
+        "kernels": found[:kernels],
     }  # fmt: skip
 
 
-def profile(step: Callable[[], Any], kernels: int) -> list[dict[str, Any]]:
-    """Return the kernels that take the most time in one step: name, number of calls, milliseconds."""
+def profile(step: Callable[[], Any]) -> list[dict[str, Any]]:
+    """Return the kernels of one step, the longest in total first: name, number of calls, milliseconds."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as trace_kernels
 
     with trace_kernels(activities=[ProfilerActivity.CUDA]) as trace:
         step()
         torch.cuda.synchronize()
-    events = sorted(trace.key_averages(), key=lambda event: -event.device_time_total)[:kernels]
+    events = [event for event in trace.key_averages() if event.device_time_total > 0]
+    events.sort(key=lambda event: -event.device_time_total)
     return [{"name": e.key[:100], "calls": e.count, "ms": round(e.device_time_total / 1e3, 3)} for e in events]
 
 

@@ -83,6 +83,10 @@ class Config:
     shapes: tuple[str, ...] = opt((), "for scan: batch x d_inner x seqlen, such as 8x1536x2048 (default: by device)")
     documents: int = opt(100, "for eval: documents of each task", least=1)
     peer_documents: int = opt(5, "for eval on a CPU: documents for lm_eval's hf model, which is slow", least=1)
+    tuned: Path | None = opt(
+        None, "for eval on a CPU: gsm8k also by this model, such as tiny tuned and merged, which ends its answers",
+        metavar="DIR",
+    )  # fmt: skip
     data_dir: Path | None = opt(None, "for eval: folder of the evaluation files", metavar="DIR")
     label: str = opt("", "name of the machine or change, for reports")
     resume: bool = opt(False, "go on with the rows of a run that was stopped")
@@ -182,8 +186,10 @@ def _eval(config: Config, device: torch.device) -> dict[str, Any]:
 
     if config.data_dir is None or not config.data_dir.is_dir():
         raise UserError(f"--data-dir: expected the folder of the evaluation files, got {config.data_dir}")
+    if config.tuned is not None and not config.tuned.is_dir():
+        raise UserError(f"--tuned: expected a model folder, got {config.tuned}")
     dtype, counts = config.dtypes[0], (config.documents, config.peer_documents)
-    cases = eval_cases(config.model or "", str(device), dtype, *counts, config.threads)
+    cases = eval_cases(config.model or "", str(device), dtype, *counts, config.threads, config.tuned)
     rows = []
     for _, row in measure_evaluation(cases, config.data_dir, config.timeout):
         rows.append(row)

@@ -62,7 +62,7 @@ COUNTS: dict[str, set[str]] = {
     "prefill": _CASES | {"seqlens", "logits"},
     "lengths": _CASES | {"seqlens", "new_tokens", "method", "logits"},
     "scan": {"shapes"},
-    "eval": {"model", "timeout", "documents", "peer_documents"},
+    "eval": {"model", "timeout", "documents", "peer_documents", "tuned"},
 }  # the settings that change what a kind does, beside those that count everywhere
 
 

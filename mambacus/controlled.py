@@ -112,15 +112,15 @@ def _in_words(found: dict[str, Any]) -> str:
 
 def budget(recipe: Recipe, arms: tuple[Arm, ...]) -> list[dict[str, Any]]:
     """Return for each task and arm the rows, tokens and floating-point operations of one run and of all its runs."""
-    from mambacus.synthetic.runs import scored_share, seqlen_of
+    from mambacus.synthetic.runs import mean_seqlen, scored_share, seqlen_of, tokens_of_step
 
     lines = []
     for entry in recipe.tasks:
         settings, seqlen, scored = entry.training, seqlen_of(entry), scored_share(entry)
         runs = len(settings.learning_rates) + settings.seeds
         for arm in arms:
-            tokens = settings.steps * settings.batch * seqlen
-            flops = tokens * arm.flops_per_token(seqlen, entry.task.vocab_size, scored)
+            tokens = settings.steps * tokens_of_step(entry)
+            flops = tokens * arm.flops_per_token(mean_seqlen(entry), entry.task.vocab_size, scored)
             lines.append(
                 {
                     "task": entry.name, "arm": arm, "steps": settings.steps, "batch": settings.batch,

@@ -13,7 +13,6 @@ from mambacus.runtime.records import Record, Stopwatch, read_record, write_jsonl
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from mambacus.models.signature import Signature
     from mambacus.tuning.methods import Method
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
 
 RECORD = "record.json"
 LEFT_OUT = "left_out.jsonl"
-_WHERE_AND_HOW = ("out", "resume", "save_every", "data_dir", "device", "dtype", "cache", "check", "held_out", "sweep")
+_WHERE_AND_HOW = ("out", "resume", "save_every", "data_dir", "device", "dtype", "cache", "check", "held_out", "sweep",
+                  "collect", "cuda_graph")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,14 @@ class Config:
     check: int = opt(50, "problems, passages and questions asked before and after; 0: none", least=0)
     held_out: str = opt("", "math set whose test problems are asked (default: that of --data)")
     sweep: tuple[str, ...] = opt((), "train over a grid: method=lora|dora,lr=1e-3|5e-4,seed=0|1; one comparison record")
+    collect: bool = opt(False, "with --sweep: write the comparison record of finished runs in --out, train nothing")
     device: str = opt("auto", "auto, cpu or cuda")
     dtype: str = opt("auto", "of the matrix products: auto, float32 or bfloat16; weights are float32")
+    cuda_graph: str = opt(
+        "auto",
+        "record passes as CUDA graphs and repeat them: less work for the CPU (auto: one GPU, full or LoRA)",
+        choices=("auto", "on", "off"),
+    )
     save_every: int = opt(100, "steps between checkpoints", least=1)
     data_dir: Path | None = opt(None, "folder of the math sets", metavar="DIR")
 
@@ -83,6 +89,8 @@ def run(config: Config) -> Record:
     Raises:
         UserError: a wrong setting, unreadable data or model, a folder that holds another run, or the audit stopped it.
     """
+    if config.collect and not config.sweep:
+        raise UserError("--collect: needs the grid of the runs to collect: --sweep")
     if config.sweep:
         from mambacus.finetune_sweep import sweep
 
@@ -93,7 +101,7 @@ def run(config: Config) -> Record:
     from mambacus.models import load
     from mambacus.models.signature import signature
     from mambacus.runtime.device import resolve_device
-    from mambacus.tuning import methods, processes
+    from mambacus.tuning import methods, processes, sharding
     from mambacus.tuning.prepare import prepare
     from mambacus.tuning.trainer import choose_autocast, train
 
@@ -128,8 +136,9 @@ def run(config: Config) -> Record:
         trained, data, _how(config, device, autocast, rate),
         quiet_first=method.quiet_first, rate_of=method.rate_factor, resume=config.resume,
     )  # fmt: skip
+    shared = sharding.gathered_result(trained) if processes.is_sharded() else None
     if processes.is_main():
-        _save(config, method.saves, trained, tokenizer, base_signature)
+        _save(config, method.saves, trained, tokenizer, base_signature, shared)
     results |= {
         "parameters": parameters,
         "settings": {name: getattr(config, name) for name in ("batch_size", "loss", "rank", "alpha", "dropout")},
@@ -137,7 +146,8 @@ def run(config: Config) -> Record:
         "learning_rate": rate,
         "autocast": str(autocast).removeprefix("torch."),
         "processes": processes.world_size(),
-        "check": checking.after(trained),
+        "sharded": processes.is_sharded(),
+        "check": checking.after(trained, shared is not None),
     }
     # as it was asked for, so that a study finds it again; what the method filled in stands among the results
     record = watch.record("finetune", f"{Path(config.model).name} + {config.method}", given, results)
@@ -154,7 +164,7 @@ class _Check:
         from mambacus import finetune_check
         from mambacus.tuning import processes
 
-        self.tokenizer = tokenizer
+        self.config, self.device, self.tokenizer = config, device, tokenizer
         self.before: dict[str, Any] = {}
         self.active = bool(config.check) and processes.is_main()
         if self.active:
@@ -164,13 +174,23 @@ class _Check:
             self.before = finetune_check.answers_of_base(config.out, config.model, device, self.questions)
         processes.wait()
 
-    def after(self, trained: Any) -> dict[str, Any]:
-        """Return the comparison."""
+    def after(self, trained: Any, shared: bool) -> dict[str, Any]:
+        """Return the comparison; a model that is ``shared`` out cannot answer here alone, so what was saved does."""
         from mambacus import finetune_check
 
         if not self.active:
             return {}
-        return finetune_check.compare(self.before, finetune_check.ask(trained, self.tokenizer, self.questions))
+        answers = finetune_check.ask(self._saved() if shared else trained, self.tokenizer, self.questions)
+        return finetune_check.compare(self.before, answers)
+
+    def _saved(self) -> Any:
+        import torch
+
+        from mambacus.models import load
+
+        whole = self.config.method == "full"
+        name, adapter = (self.config.out / "model", None) if whole else (self.config.model, self.config.out / "adapter")
+        return load(name, device=self.device, dtype=torch.float32, adapter=adapter)[0]
 
 
 def _with_defaults(config: Config, preset: Mapping[str, Any]) -> Config:
@@ -247,7 +267,7 @@ def _how(config: Config, device: torch.device, autocast: torch.dtype | None, rat
 
     return Settings(
         config.out, device, autocast, rate, weight_decay=config.weight_decay, grad_accum=config.grad_accum,
-        save_every=config.save_every, seed=config.seed,
+        save_every=config.save_every, seed=config.seed, cuda_graph=config.cuda_graph,
     )  # fmt: skip
 
 
@@ -316,21 +336,29 @@ def _announce(config: Config, parameters: dict[str, Any], counts: dict[str, Any]
     )
 
 
-def _save(config: Config, kind: str, trained: nn.Module, tokenizer: Any, base_signature: Signature) -> None:
-    """Write the result; one of an earlier attempt that died before its record is replaced."""
+def _save(
+    config: Config,
+    kind: str,
+    trained: Any,
+    tokenizer: Any,
+    base_signature: Signature,
+    shared: dict[str, torch.Tensor] | None,
+) -> None:
+    """Write the result, from ``shared`` if the model is shared out; that of an attempt without a record is replaced."""
     import shutil
 
     from mambacus.models import save
     from mambacus.tuning.adapters import save_adapter
+    from mambacus.tuning.sharding import plain_twin
 
     if kind == "model":
         shutil.rmtree(config.out / "model", ignore_errors=True)
-        save(trained, config.out / "model", tokenizer)
+        save(plain_twin(trained, shared) if shared else trained, config.out / "model", tokenizer)
         return
     shutil.rmtree(config.out / "adapter", ignore_errors=True)
     folder = Path(config.model).expanduser()
     base = str(folder.resolve()) if folder.is_dir() else config.model
-    save_adapter(trained, config.out / "adapter", base_model=base, base_signature=base_signature)
+    save_adapter(trained, config.out / "adapter", base_model=base, base_signature=base_signature, tensors=shared)
 
 
 def main(argv: Sequence[str]) -> None:

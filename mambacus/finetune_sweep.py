@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import gc
 import itertools
 import re
 import typing
@@ -12,9 +14,10 @@ from typing import Any
 
 from mambacus.runtime.config import from_mapping
 from mambacus.runtime.errors import UserError
-from mambacus.runtime.records import Record, Stopwatch, write_record
+from mambacus.runtime.records import Record, Stopwatch, read_record, write_record
 
-_FIXED = ("model", "out", "resume", "sweep")
+_FIXED = ("model", "out", "resume", "sweep", "collect")
+_WHERE = ("out", "resume", "sweep", "collect", "save_every", "data_dir", "cache")  # runs may differ in these
 
 
 def grid(words: Sequence[str], config_class: type) -> list[dict[str, Any]]:
@@ -40,23 +43,79 @@ def sweep(config: Any, run: Callable[[Any], Record]) -> Record:
     """Train every point of the grid into a folder of its own and write one comparison record; finished runs are kept.
 
     ``results``: ``axes`` (the settings that vary), ``runs``: for each its settings, parameters, losses, seconds,
-    memory and the check's figures.
+    memory and the check's figures; ``one_at_a_time``: no two runs were at work at once, so their seconds compare.
+
+    With ``config.collect`` nothing is trained: all runs must be there, and the record carries their environment.
 
     Raises:
-        UserError: as `grid`, or a run was refused.
+        UserError: as `grid`, or a run was refused; when collecting, runs are missing or were made in another way.
     """
     watch = Stopwatch()
     points = grid(config.sweep, type(config))
-    rows = []
-    for place, point in enumerate(points, 1):
-        folder = config.out / _name(point)
-        print(f"sweep {place} of {len(points)}: {', '.join(f'{key} {value}' for key, value in point.items())}")
-        one = dataclasses.replace(config, **point, out=folder, sweep=(), resume=(folder / "run.json").is_file())
-        rows.append(point | _figures(run(one).results) | {"folder": folder.name})
-    results = {"axes": list(points[0]), "runs": rows}
+    ones = [dataclasses.replace(config, **point, out=config.out / _name(point), sweep=()) for point in points]
+    records = _finished(ones) if config.collect else []
+    if not config.collect:
+        for place, (point, one) in enumerate(zip(points, ones, strict=True), 1):
+            print(f"sweep {place} of {len(points)}: {', '.join(f'{key} {value}' for key, value in point.items())}")
+            records.append(run(dataclasses.replace(one, resume=(one.out / "run.json").is_file())))
+            gc.collect()  # a model and its trainer hold each other: without this the next run begins beside them
+    rows = [
+        point | _figures(record.results) | {"folder": one.out.name}
+        for point, one, record in zip(points, ones, records, strict=True)
+    ]
+    spans = sorted(_span(record) for record in records)
+    results = {"axes": list(points[0]), "runs": rows, "one_at_a_time": _in_turn(spans)}
     record = watch.record("sweep", f"{Path(config.model).name}: {' x '.join(points[0])}", config, results)
+    if config.collect:
+        began, ended = spans[0][0], max(end for _, end in spans)
+        record = dataclasses.replace(
+            record, environment=records[0].environment, started_at=began.isoformat(timespec="seconds"),
+            seconds=round((ended - began).total_seconds(), 3),
+        )  # fmt: skip
     write_record(config.out / "record.json", record)
     return record
+
+
+def _finished(ones: Sequence[Any]) -> list[Record]:
+    """Return the records of finished runs, none of which is made again.
+
+    Raises:
+        UserError: naming every run that is missing, has other settings than asked for, or ran on another machine.
+    """
+    faults: list[str] = []
+    records: list[Record] = []
+    for one in ones:
+        path = one.out / "record.json"
+        if not path.is_file():
+            faults.append(f"{one.out.name}: no record")
+            continue
+        record = read_record(path)
+        asked = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(one).items()}
+        faults += [
+            f"{one.out.name}: {key} is {record.config[key]!r}, asked for {value!r}"
+            for key, value in asked.items()
+            if key not in _WHERE and record.config.get(key, value) != value
+        ]
+        if records and record.environment != records[0].environment:
+            faults.append(f"{one.out.name}: another environment than {ones[0].out.name}")
+        records.append(record)
+    if faults:
+        raise UserError("--collect: " + "; ".join(faults))
+    return records
+
+
+_Span = tuple[datetime.datetime, datetime.datetime]
+
+
+def _span(record: Record) -> _Span:
+    began = datetime.datetime.fromisoformat(record.started_at)
+    return began, began + datetime.timedelta(seconds=record.seconds)
+
+
+def _in_turn(spans: Sequence[_Span]) -> bool:
+    """Tell whether each of the sorted spans ends before the next begins; starts are known to the second."""
+    second = datetime.timedelta(seconds=1)
+    return all(end - second <= began for (_, end), (began, _) in itertools.pairwise(spans))
 
 
 def _figures(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,6 +128,7 @@ def _figures(results: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": train["seconds"],
         "tokens_per_second": train["tokens_per_second"],
         "peak_memory_bytes": train["peak_memory_bytes"],
+        "peak_memory_of": train.get("peak_memory_of", "process"),
         "check": results.get("check", {}),
     }
 

@@ -59,6 +59,11 @@ class Config:
     valid_every: int = opt(1_000, "steps between validations", least=1)
     save_every: int = opt(1_000, "steps between checkpoints", least=1)
     compile: bool = opt(False, "run the model through torch.compile")
+    cuda_graph: str = opt(
+        "auto",
+        "record the pass as a CUDA graph and repeat it: less work for the CPU (auto: on a GPU)",
+        choices=("auto", "on", "off"),
+    )
 
 
 def run(config: Config) -> Record:
@@ -83,7 +88,7 @@ def run(config: Config) -> Record:
     _check(config)
     device = resolve_device(config.device)
     identity = dataclasses.asdict(config)
-    for key in ("out", "resume", "data_dir", "device", "workers", "log_every", "save_every", "compile"):
+    for key in ("out", "resume", "data_dir", "device", "workers", "log_every", "save_every", "compile", "cuda_graph"):
         del identity[key]
     claim_directory(config.out, "pretrain", identity | {"device": device.type}, resume=config.resume)
     if (config.out / RECORD).is_file():
@@ -100,7 +105,8 @@ def run(config: Config) -> Record:
     model = random_model(shape, config.seed).to(device)
     plan = _plan(config)
     mixture = Mixture({name: s.tokens for name, s in streams.items()}, plan.weights, config.seqlen, EOS_ID, device)
-    training = Pretraining(model, mixture, plan, config.out, compiled=config.compile)
+    training = Pretraining(model, mixture, plan, config.out, compiled=config.compile,
+                           cuda_graph=config.cuda_graph)  # fmt: skip
     if training.restore():
         print(f"goes on from step {training.step}", flush=True)
     made_ready = watch.seconds
@@ -127,6 +133,8 @@ def _check(config: Config) -> None:
         faults.append(
             f"--warmup and --decay: expected shares of at most 1 together, got {config.warmup}, {config.decay}"
         )
+    if config.compile and config.cuda_graph == "on":
+        faults.append("--cuda-graph on and --compile: expected one of them")
     if config.text_weight + config.narratives_weight + config.sums_weight == 0:
         faults.append("--text-weight, --narratives-weight, --sums-weight: expected one above 0")
     check(config, *faults)

@@ -94,7 +94,7 @@ def write_sweep(path: Path) -> Path:
         {
             "method": method, "seed": seed, "folder": f"method-{method}_seed-{seed}", "trainable": trainable,
             "learning_rate": 7e-4, "steps": 125, "loss_last": 0.05, "seconds": seconds, "tokens_per_second": 2100.0,
-            "peak_memory_bytes": 2**30,
+            "peak_memory_bytes": 2**30, "peak_memory_of": "steps",
             "check": {
                 "accuracy:wordproblems": _found(0.20, gain + 0.01 * (seed - 1), 0.05, 200, "higher"),
                 "text": _found(54.0, cost + 0.1 * (seed - 1), 0.5, 60, "lower"),

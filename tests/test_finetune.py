@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +61,7 @@ def check_record(record: Record, steps: int) -> None:
     train = results["train"]
     assert train["steps"] == steps == len(results["history"])
     assert all(train[key] > 0 for key in ("tokens", "seconds", "tokens_per_second", "peak_memory_bytes"))
+    assert train["peak_memory_of"] in ("steps", "process")
     assert train["loss_first"] == results["history"][0]["loss"]
     assert train["loss_last"] == results["history"][-1]["loss"] < train["loss_first"]
     assert results["data"]["rows"] == results["data"]["kept"] == 8
@@ -381,3 +385,86 @@ def test_a_sweep_compares_every_combination(
     for wrong, fault in (("out=a|b", "out is the same"), ("lr=fast", "expected float"), ("methd=x", "unknown key")):
         with pytest.raises(UserError, match=fault):
             finetune.run(config(out=tmp_path / "other", sweep=(wrong,)))
+
+
+def test_a_sweep_keeps_nothing_of_a_run_while_the_next_one_trains(
+    config: Callable[..., finetune.Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mambacus.finetune_sweep import sweep
+    from mambacus.tuning import trainer
+
+    made: list[weakref.ref[object]] = []
+
+    def remember(self: trainer.MambaTrainer, model: torch.nn.Module, *rest: object) -> None:
+        plain(self, model, *rest)
+        made.extend((weakref.ref(self), weakref.ref(model), *map(weakref.ref, model.parameters())))
+
+    def run(one: finetune.Config) -> Record:
+        assert [ref() for ref in made] == [None] * len(made)
+        began = len(made)
+        record = finetune.run(one)
+        assert len(made) > began + 2
+        return record
+
+    plain = trainer.MambaTrainer.__init__
+    monkeypatch.setattr(trainer.MambaTrainer, "__init__", remember)
+    gc.disable()  # what is freed is freed by the sweep, not by chance
+    try:
+        sweep(config(out=tmp_path / "grid", sweep=("method=lora|pissa|affix|full",), max_steps=2), run)
+        assert [ref() for ref in made] == [None] * len(made)
+    finally:
+        gc.enable()
+
+
+def test_finished_runs_are_collected_into_one_record_with_their_own_environment(
+    config: Callable[..., finetune.Config], tmp_path: Path
+) -> None:
+    grid = tmp_path / "grid"
+    words = ("method=lora|bitfit", "seed=0|1")
+    for seed in (0, 1):
+        finetune.run(config(out=grid, sweep=(words[0], f"seed={seed}"), max_steps=2))
+    (grid / "record.json").unlink()
+    for folder in grid.iterdir():  # as if only the records had been brought from another machine
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+        edit(folder / "record.json", ("environment", "gpu"), "a GPU")
+    collecting = config(out=grid, sweep=words, max_steps=2, collect=True)
+    record = finetune.run(collecting)
+    assert read_record(grid / "record.json") == record
+    runs = record.results["runs"]
+    assert [(row["method"], row["seed"]) for row in runs] == [("lora", 0), ("lora", 1), ("bitfit", 0), ("bitfit", 1)]
+    for row in runs:
+        alone = read_record(grid / row["folder"] / "record.json")
+        train = alone.results["train"]
+        assert all(row[key] == train[key] for key in ("steps", "loss_last", "seconds", "peak_memory_bytes"))
+        assert row["peak_memory_of"] == train["peak_memory_of"]
+        assert record.environment == alone.environment
+    assert record.environment["gpu"] == "a GPU" and record.results["one_at_a_time"] is True
+
+    at_once = grid / "method-lora_seed-1" / "record.json"
+    edit(at_once, ("started_at",), read_record(grid / "method-lora_seed-0" / "record.json").started_at)
+    edit(at_once, ("seconds",), 60.0)
+    assert finetune.run(collecting).results["one_at_a_time"] is False
+
+    edit(at_once, ("environment", "gpu"), "another GPU")
+    edit(grid / "method-bitfit_seed-0" / "record.json", ("config", "batch_size"), 8)
+    (grid / "method-bitfit_seed-1" / "record.json").unlink()
+    with pytest.raises(UserError) as refused:
+        finetune.run(collecting)
+    assert str(refused.value) == (
+        "--collect: method-lora_seed-1: another environment than method-lora_seed-0; "
+        "method-bitfit_seed-0: batch_size is 8, asked for 4; method-bitfit_seed-1: no record"
+    )
+    with pytest.raises(UserError, match="--collect: needs the grid"):
+        finetune.run(config(collect=True))
+
+
+def edit(path: Path, keys: tuple[str, ...], value: object) -> None:
+    """Set one value of a JSON file."""
+    raw = json.loads(path.read_text())
+    place = raw
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(raw))

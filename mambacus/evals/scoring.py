@@ -239,7 +239,7 @@ class Scorer:
             greedy[: len(live)] &= (is_top.cpu() | ~mask).all(1)
             state = out.state
             self._count(pieces, input_ids)
-        return [Score(float(total), bool(top)) for total, top in zip(totals, greedy, strict=True)]
+        return [Score(*found) for found in zip(totals.tolist(), greedy.tolist(), strict=True)]
 
     def _batches(self, items: Sequence[ItemT], length: Callable[[ItemT], int], size: int) -> Iterator[list[ItemT]]:
         """Yield ``items`` longest first, at most ``size`` at once and of lengths near enough that little is padded."""
@@ -296,18 +296,20 @@ def _scored(rows: Sequence[_Row], begin: int, end: int) -> tuple[Tensor, Tensor,
     """
     firsts = [max(begin, row.first_scored) for row in rows]
     counts = [max(0, min(end, len(row.tokens)) - first) for row, first in zip(rows, firsts, strict=True)]
-    positions = torch.zeros(len(rows), max(counts), dtype=torch.int64)
-    targets = torch.zeros_like(positions)
-    mask = torch.zeros_like(positions, dtype=torch.bool)
-    for index, (row, first, count) in enumerate(zip(rows, firsts, counts, strict=True)):
-        positions[index, :count] = torch.arange(first - begin, first - begin + count)
-        targets[index, :count] = torch.tensor(row.targets[first - row.first_scored :][:count], dtype=torch.int64)
-        mask[index, :count] = True
-    return positions, targets, mask
+    most = max(counts)
+    positions, targets = [], []
+    for row, first, count in zip(rows, firsts, counts, strict=True):
+        rest = [0] * (most - count)
+        positions.append([*range(first - begin, first - begin + count), *rest])
+        targets.append([*row.targets[first - row.first_scored :][:count], *rest])
+    mask = torch.arange(most) < torch.tensor(counts)[:, None]
+    return torch.tensor(positions, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64), mask
 
 
 def _judge(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of ``targets`` (...) under ``logits`` (..., vocabulary), and which are the likeliest."""
     logits = logits.float()
     chosen = logits.gather(-1, targets[..., None]).squeeze(-1)
-    return chosen - logits.logsumexp(-1), logits.argmax(-1) == targets
+    is_top = chosen == logits.amax(-1)  # ten times as quick as argmax, which is left to decide between equals
+    is_top[is_top.clone()] = logits[is_top].argmax(-1) == targets[is_top]
+    return chosen - logits.logsumexp(-1), is_top

@@ -20,9 +20,11 @@ from mambacus.ops.tape import Tape
 _log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # batch sizes of recorded steps
-TAPED_ROWS = (
-    16  # most rows of a step on a CPU that is kept as a tape: of more rows the kernels take far longer than Python
-)
+TAPED_ROWS = 16  # steps on a CPU of up to so many rows are kept as tapes, whatever the model
+# Most numbers of a layer (rows x d_inner) in a taped step of more rows: beyond, the kernels take far longer than Python
+# and the tapes much memory. Such tapes are made for multiples of `ROUNDED_ROWS` only.
+TAPED_NUMBERS = 64 * 512
+ROUNDED_ROWS = 8
 _FIRST_ROWS = 4  # rows that memory is made for at first; doubled when they are taken
 
 
@@ -109,25 +111,31 @@ class Decoder:
         pool = self._room(rows)
         if self._graphs_wanted and tokens.is_cuda and self._is_plain():
             return self._replay(tokens)
-        if rows <= TAPED_ROWS and tokens.device.type == "cpu" and self._is_plain():
-            return self._play(tokens, _first(pool, rows))
+        size = rows if rows <= TAPED_ROWS else min(-(-rows // ROUNDED_ROWS) * ROUNDED_ROWS, self.capacity)
+        few = size <= max(TAPED_ROWS, TAPED_NUMBERS // self._base.config.d_inner)
+        if few and tokens.device.type == "cpu" and self._is_plain():
+            return self._play(tokens, size)
         return self._run(tokens[:, None], _first(pool, rows))
 
-    def _play(self, tokens: Tensor, state: MambaState) -> Tensor:
-        """Make the step from its tape: the first step of a size runs freely, the second is recorded."""
-        rows = len(tokens)
-        if rows not in self._tapes:
-            self._tapes[rows] = None
-            return self._run(tokens[:, None], state)
-        taped = self._tapes[rows]
+    def _play(self, tokens: Tensor, size: int) -> Tensor:
+        """Make the step from the tape of ``size`` rows: the first step of a size runs freely, the second is recorded.
+
+        Rows beyond those of ``tokens`` compute what nobody reads.
+        """
+        rows, state = len(tokens), _first(self._room(size), size)
+        if size not in self._tapes:
+            self._tapes[size] = None
+            return self._run(tokens[:, None], _first(state, rows))
+        taped = self._tapes[size]
         if taped is None:
-            inputs = tokens.clone()
+            inputs = tokens.new_zeros(size)
+            inputs[:rows] = tokens
             tape, logits = Tape.record(lambda: self._run(inputs[:, None], state))
-            self._tapes[rows] = Taped(tape, inputs, logits)
-            return logits.clone()
-        taped.inputs.copy_(tokens)
+            self._tapes[size] = Taped(tape, inputs, logits)
+            return logits[:rows].clone()
+        taped.inputs[:rows] = tokens
         taped.tape.replay()
-        return taped.logits.clone()
+        return taped.logits[:rows].clone()
 
     def _is_plain(self) -> bool:
         """Tell whether the step is nothing but the model's own; if the model changed, forget what was recorded."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import random
 from array import array
@@ -77,7 +78,7 @@ class SamplingParams:
             if not good:
                 raise UserError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
-    @property
+    @functools.cached_property
     def rule(self) -> tuple[object, ...]:
         """What decides how a row's token is chosen: rows of one rule are chosen together."""
         bias = tuple(sorted(self.logit_bias.items()))

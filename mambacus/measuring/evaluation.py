@@ -1,7 +1,7 @@
 """What `mambacus bench eval` measures: evaluation with states reused, without, and by lm_eval's ``hf`` model.
 
 Every case is a run of ``mambacus evaluate`` in a process of its own; implementations alternate within a task. The
-seconds are those that the model took to answer all requests; loading models and documents is counted apart.
+seconds are those that the model took to answer all requests; loading models, kernels and documents is counted apart.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from mambacus.runtime.records import read_jsonl, read_record
 
 MAX_LENGTH = 8192  # no prompt of these tasks is cut, so that all share their worked examples
 SAME_NATS = 1e-2  # log-likelihoods of a document, in a metric that keeps them; all other values must be equal
+GENERATION = ("gsm8k", 5)
 CPU_TASKS: tuple[tuple[str, int], ...] = (
-    ("gsm8k", 5),
+    GENERATION,
     ("arc_challenge", 25),
     ("arc_easy", 0),
     ("hellaswag", 0),
@@ -65,11 +66,18 @@ class EvalCase:
     @property
     def title(self) -> str:
         """A short name for progress lines."""
-        return f"eval {self.task} {self.num_fewshot}-shot {self.documents} documents {self.implementation}"
+        shape = f"{self.num_fewshot}-shot {self.documents} documents"
+        return f"eval {self.task} {shape} {self.implementation} {Path(self.model).name}"
 
 
 def eval_cases(
-    size: str, device: str, dtype: str, documents: int, peer_documents: int, threads: int = 0
+    size: str,
+    device: str,
+    dtype: str,
+    documents: int,
+    peer_documents: int,
+    threads: int = 0,
+    tuned: Path | None = None,
 ) -> list[EvalCase]:
     """Return the cases of a device: on a CPU four tasks on Mamba alone, on a GPU hellaswag beside a Transformer.
 
@@ -80,12 +88,16 @@ def eval_cases(
         documents: of each task; `ZERO_SHOT` times as many of one without worked examples.
         peer_documents: the same for ``hf`` on a CPU, where transformers reads Mamba token by token.
         threads: CPU threads; 0 leaves torch's default.
+        tuned: folder of a model that also generates, on a CPU: one that has learned to end its answers.
 
     Raises:
-        UserError: on a CPU another model than ``tiny``, on a GPU a size without a Transformer to compare with.
+        UserError: on a CPU another model than ``tiny``, on a GPU a size without a Transformer to compare with, or a
+            tuned model.
     """
     model = size if size == "tiny" else f"random:{size}"
     if device.startswith("cuda"):
+        if tuned is not None:
+            raise UserError(f"--tuned {tuned}: expected with --device cpu, got {device}")
         sizes = [name for name in MATCHED if name not in ("micro", "tiny")]
         if size not in sizes:
             raise UserError(f"--model {size}: expected on a GPU one of {', '.join(sizes)}")
@@ -94,8 +106,11 @@ def eval_cases(
         raise UserError(f"--model {size}: expected tiny, the embedded model, which transformers reads in bearable time")
     else:
         tasks, peer = CPU_TASKS, "hf"
+    planned = [(task, shots, model) for task, shots in tasks]
+    if tuned is not None:
+        planned.insert(1, (*GENERATION, str(tuned)))
     cases = []
-    for task, shots in tasks:
+    for task, shots, model in planned:
         for name in ("mambacus", "no-state-reuse", peer):
             count = (peer_documents if name == peer else documents) * (1 if shots else ZERO_SHOT)
             cases.append(EvalCase(task, shots, name, model, count, BATCH, dtype, device, threads))
@@ -108,7 +123,7 @@ def measure_evaluation(
     """Run the cases and yield each with its row.
 
     Args:
-        cases: ours first within a task: the others are compared with it.
+        cases: ours first within a task and model: the others are compared with it.
         data_dir: evaluation files and tokenizer.
         timeout_seconds: after which a case is given up and recorded so.
 
@@ -122,8 +137,8 @@ def measure_evaluation(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for case in cases:
-            row, items = _run(case, data_dir, folder, timeout_seconds)
+        for number, case in enumerate(cases):
+            row, items = _run(case, data_dir, folder / f"{number}.json", timeout_seconds)
             if case.implementation == "mambacus":
                 ours, our_items = row, items
             if "error" not in row:
@@ -133,15 +148,14 @@ def measure_evaluation(
             yield case, row
 
 
-def _run(case: EvalCase, data_dir: Path, folder: Path, timeout_seconds: float) -> tuple[dict[str, Any], Items]:
-    """Return the row of a case, without speeds, and its items by document."""
-    out = folder / f"{case.task}-{case.num_fewshot}-{case.implementation}.json"
+def _run(case: EvalCase, data_dir: Path, out: Path, timeout_seconds: float) -> tuple[dict[str, Any], Items]:
+    """Return the row of a case, without speeds, and its items by document; ``out`` is a record to write."""
     row: dict[str, Any] = {"benchmark": "eval"} | dataclasses.asdict(case)
     command = [
         sys.executable, "-m", "mambacus", "evaluate", "--tasks", case.task, "--num-fewshot", str(case.num_fewshot),
         "--fewshot-sampler", "first_n", "--limit", str(case.documents), "--batch-size", str(case.batch),
         "--dtype", case.dtype, "--device", case.device, "--data-dir", str(data_dir), "--bootstrap-iters", "0",
-        "--out", str(out), *_flags(case, data_dir, folder),
+        "--out", str(out), *_flags(case, data_dir, out.parent),
     ]  # fmt: skip
     environment = os.environ | ({"OMP_NUM_THREADS": str(case.threads)} if case.threads else {})
     try:
@@ -241,7 +255,7 @@ def _close(one: Sequence[float], other: Sequence[float]) -> bool:
 def summary(row: Mapping[str, Any]) -> str:
     """Return one line for a row."""
     shape = f"{row['num_fewshot']:>2}-shot {row['documents']:>4} documents"
-    head = f"eval {row['task']:<14} {shape} {row['implementation']:<15}"
+    head = f"eval {row['task']:<14} {shape} {row['implementation']:<15} {Path(row['model']).name:<10}"
     if row.get("error"):
         return f"{head} {row['error']}"
     parts = [f"{row['seconds']:8.1f} s {row['documents_per_second']:8.2f} documents/s"]

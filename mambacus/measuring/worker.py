@@ -11,10 +11,10 @@ import torch
 from mambacus.measuring.cases import Case
 from mambacus.measuring.costs import case_work
 from mambacus.measuring.energy import Energy
-from mambacus.measuring.memory import PeakMemory
 from mambacus.measuring.sides import Side, Step, make_side
 from mambacus.measuring.timing import median, time_ms
 from mambacus.runtime.device import resolve_device
+from mambacus.runtime.memory import PeakMemory
 
 
 def measure(case: Case) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -42,9 +43,11 @@ from mambacus.ops import (
     halves,
     linear,
     linear_cross_entropy,
+    remade,
     rms_norm,
     selective_scan,
     selective_state_update,
+    twins,
 )
 from mambacus.ops.dispatch import runs_eagerly_on_cpu
 
@@ -167,6 +170,7 @@ class MambaMixer(_KeepsFloat32):
         self.D = nn.Parameter(torch.empty(d_inner))
         self.out_proj = Linear(d_inner, config.d_model, bias=config.use_bias)
         self.offset: nn.Module | None = None  # an adapter: what it gives for C and z is added to the gated output
+        self.recomputes = False  # filter x again for the backward pass, where only the scan would keep it
         self._decay: tuple[Tensor, tuple[int, int], Tensor] | None = None  # A_log, where and which version, A
 
     def forward(
@@ -179,8 +183,10 @@ class MambaMixer(_KeepsFloat32):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mix the tokens of ``hidden`` (batch, seqlen, d_model); return it with the new conv_state and ssm_state."""
         x, z = halves(self.in_proj(hidden))  # (batch, seqlen, d_inner) each
-        x, conv_state = self.conv1d(x, seq_idx, conv_state, reuse_state)
-        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
+        filtering = (x, seq_idx, conv_state)
+        x, conv_state = self.conv1d(*filtering, reuse_state)
+        x, twin = twins(x)  # one for the scan, one for the projection
+        dt, B, C = self.x_proj(twin).split(self.split, dim=-1)
         # The scan adds the bias, unless delta is float32 for its gradient or an adapter's layer gives the whole step.
         later = (dt.is_cuda or not torch.is_grad_enabled()) and isinstance(self.dt_proj, StepProjection)
         delta, bias = self.dt_proj(dt, later=True) if later else (self.dt_proj(dt), None)  # (batch, seqlen, d_inner)
@@ -193,10 +199,11 @@ class MambaMixer(_KeepsFloat32):
             )
             y = y.unsqueeze(1)
         else:
-            y, ssm_state = selective_scan(
-                x, delta, A, B, C, self.D, z, delta_bias=bias, seq_idx=seq_idx, initial_state=ssm_state,
-                backend=self.backend,
-            )  # fmt: skip
+            with remade(x, lambda: self.conv1d(*filtering)[0]) if self.recomputes and x.is_cuda else nullcontext():
+                y, ssm_state = selective_scan(
+                    x, delta, A, B, C, self.D, z, delta_bias=bias, seq_idx=seq_idx, initial_state=ssm_state,
+                    backend=self.backend,
+                )  # fmt: skip
         if self.offset is not None:
             y = y + self.offset(C, z).view_as(y)
         return self.out_proj(y), conv_state, ssm_state  # (batch, seqlen, d_model)
@@ -311,6 +318,7 @@ class MambaLM(nn.Module):
         config: as given.
         gradient_checkpointing: recompute each block in the backward pass, which then holds the activations of one block
             and the residual stream of all, at the cost of a second forward pass.
+        fixed_shapes: compute the loss at all positions, so that no shape depends on the labels, as recording needs.
         name_or_path: where the weights came from; adapters record it as their base.
         adapter: which adapter of `mambacus.models.ssm_adapters` sits on the model, None for none.
         beginning: that adapter's learned state of a document's beginning, None for zeros.
@@ -323,6 +331,7 @@ class MambaLM(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.fixed_shapes = False
         self.name_or_path = ""
         self.adapter: Any = None
         self.beginning: Any = None
@@ -441,7 +450,7 @@ class MambaLM(nn.Module):
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the summed cross entropy of ``targets`` (batch, seqlen) given ``hidden`` (batch, seqlen, d_model)."""
-        if hidden.is_cuda and torch.cuda.is_current_stream_capturing():  # a CUDA graph has fixed shapes
+        if self.fixed_shapes or (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
             rows, wanted = hidden.flatten(0, 1), targets.flatten()
         else:
             labelled = targets != IGNORE_INDEX

@@ -5,8 +5,10 @@ from mambacus.ops.cross_entropy import linear_cross_entropy
 from mambacus.ops.halves import halves
 from mambacus.ops.linear import Linear, float32_output, linear
 from mambacus.ops.quantised_linear import quantised_linear, quantised_rows
+from mambacus.ops.remade import remade
 from mambacus.ops.rms_norm import add_rms_norm, rms_norm
 from mambacus.ops.selective_scan import selective_scan, selective_state_update
+from mambacus.ops.twins import twins
 
 __all__ = [
     "Linear",
@@ -19,7 +21,9 @@ __all__ = [
     "linear_cross_entropy",
     "quantised_linear",
     "quantised_rows",
+    "remade",
     "rms_norm",
     "selective_scan",
     "selective_state_update",
+    "twins",
 ]

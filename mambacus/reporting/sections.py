@@ -15,7 +15,7 @@ from mambacus.reporting.published import Published
 from mambacus.reporting.scores import Scores
 from mambacus.reporting.sources import Source
 from mambacus.reporting.speed import scan_figures, scan_rows, scan_table, speed_table, timings
-from mambacus.reporting.sweeps import settings, sweep_panels, sweep_table
+from mambacus.reporting.sweeps import settings, sweep_notes, sweep_panels, sweep_table
 from mambacus.reporting.table import Table
 from mambacus.reporting.tables import merge_table, score_table, solve_table, training_table
 
@@ -80,7 +80,7 @@ def sections(
         ),
         Section(
             "methods", "Methods compared", "Methods", _METHODS, (sweep_table(points),),
-            panels=tuple(sweep_panels(points)),
+            panels=tuple(sweep_panels(points)), notes=sweep_notes(points),
         ),
         Section("prompts", "Prompts", "Prompts", _PROMPTS, (prompt_table(sources),)),
         Section(

@@ -1,9 +1,14 @@
-"""Methods compared: what ``finetune --sweep`` records hold, one row and one bar per setting, over its seeds."""
+"""Methods compared: what ``finetune --sweep`` records hold, one row and one bar per setting, over its seeds.
+
+A sweep without checks of settings that another one checked lends it seconds and memory: runs that share a machine learn
+the same but tell no time, so time is measured in a short sweep of its own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -13,14 +18,48 @@ from mambacus.reporting.panels import Interval, Panel, make_panel
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.table import Cell, Table, filled, make_table
 
+_SAME = ("model", "data", "batch_size", "grad_accum", "max_length", "pack_length", "checkpointing", "device", "dtype")
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One point of a sweep's grid with its runs, which differ in the seed alone."""
+    """One point of a sweep's grid with its runs, which differ in the seed alone.
+
+    Attributes:
+        source: the sweep.
+        name: the point without its seed.
+        runs: one for each seed.
+        costs: the same setting in a sweep of its own, run for time and memory alone.
+    """
 
     source: Source
     name: str
     runs: tuple[dict[str, Any], ...]
+    costs: Setting | None = None
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What is equal in two sweeps of the same training."""
+        config = self.source.record.config
+        return self.name, *(str(config.get(key)) for key in _SAME)
+
+    @property
+    def timed(self) -> Setting | None:
+        """Whose seconds compare with those of others: runs that had the machine to themselves."""
+        return next((one for one in (self.costs, self) if one and one._in_turn), None)
+
+    @property
+    def weighed(self) -> Setting | None:
+        """Whose memory is that of the training, not of all that its process did before."""
+        return next((one for one in (self.costs, self) if one and one._counted_anew), None)
+
+    @property
+    def _in_turn(self) -> bool:
+        return bool(self.source.record.results.get("one_at_a_time", True))
+
+    @property
+    def _counted_anew(self) -> bool:
+        return all(run.get("peak_memory_of") == "steps" for run in self.runs)
 
     def mean(self, key: str) -> float:
         """Return the mean of one figure over the runs."""
@@ -32,7 +71,7 @@ class Setting:
 
 
 def settings(sources: Sequence[Source]) -> list[Setting]:
-    """Return every setting of every sweep, in the order it was run."""
+    """Return every setting of every sweep, in the order it was run; one that only lends its costs is none of them."""
     found = []
     for source in of_kind(sources, "sweep"):
         axes = [axis for axis in source.record.results["axes"] if axis != "seed"]
@@ -41,30 +80,72 @@ def settings(sources: Sequence[Source]) -> list[Setting]:
             parts = [str(run[axis]) if axis == "method" else f"{axis.replace('_', ' ')} {run[axis]}" for axis in axes]
             groups.setdefault(", ".join(parts) or source.label, []).append(run)
         found += [Setting(source, name, tuple(runs)) for name, runs in groups.items()]
-    return found
+    bare = {point.identity: point for point in found if not _checks([point])}
+    checked = {point.identity for point in found if _checks([point])}
+    return [
+        dataclasses.replace(point, costs=bare.get(point.identity) if point.identity in checked else None)
+        for point in found
+        if _checks([point]) or point.identity not in checked
+    ]
 
 
 def sweep_table(points: Sequence[Setting]) -> Table:
-    """Gain, cost, parameters, time and memory of every setting: means over seeds, intervals of the paired change."""
+    """Gain, cost, parameters, time and memory of every setting: means over seeds, intervals of the paired change.
+
+    The first row of a sweep is its base before training.
+    """
     found = _checks(points)
     body: list[list[Cell | str]] = []
-    for point in points:
+    for place, point in enumerate(points):
+        if _checks([point]) and (place == 0 or points[place - 1].source != point.source):
+            body.append(_base_row([one for one in points if one.source == point.source], found))
         row: list[Cell | str] = [
             Cell(point.name, f"{len(point.runs)} seed{'s' if len(point.runs) > 1 else ''}{_ref(point)}"),
             f"{point.mean('trainable'):,.0f}",
             f"{point.mean('learning_rate'):.2g}",
         ]
         row += [_check_cell(what, point.checks(what)) for what in found]
-        row += [
-            f"{point.mean('loss_last'):.3f}",
-            duration(point.mean("seconds")),
-            rate(point.mean("tokens_per_second")),
-            size(max((run["peak_memory_bytes"] for run in point.runs if run["peak_memory_bytes"]), default=None)),
-        ]
+        row += [f"{point.mean('loss_last'):.3f}", *_cost_cells(point)]
         body.append(row)
     columns = ("Method", "#Trained parameters", "#Learning rate", *(f"#{_title(what)}" for what in found), "#Last loss",
                "#Time", "#Tokens/s", "#Peak memory")  # fmt: skip
     return filled(make_table("methods", columns, body))
+
+
+def sweep_notes(points: Sequence[Setting]) -> tuple[str, ...]:
+    """Return why the table lacks time or memory of some settings."""
+    shared = sorted({point.source.number for point in points if point.timed is None})
+    whole = sorted({point.source.number for point in points if point.weighed is None})
+    notes = []
+    if shared:
+        notes.append(f"Time is left out{reference(shared)}: runs were at work at the same time and shared the machine.")
+    if whole:
+        notes.append(f"Memory is left out{reference(whole)}: the peak is that of a process that ran several trainings.")
+    return tuple(notes)
+
+
+def _base_row(points: Sequence[Setting], found: Sequence[str]) -> list[Cell | str]:
+    """Return what the check found before training, where that is the same for all points of a sweep."""
+    source = points[0].source
+    base = str(source.record.config.get("model") or source.label)
+    cells = []
+    for what in found:
+        before = {float(row["before"]) for point in points for row in point.checks(what)}
+        cells.append(Cell(_value(what, before.pop()) if len(before) == 1 else "–"))
+    return [Cell(Path(base).name, f"before training{_ref(points[0])}"), "–", "–", *cells, *["–"] * 4]
+
+
+def _cost_cells(point: Setting) -> list[Cell | str]:
+    """Return time, speed and memory; from a sweep for costs alone with its number."""
+    timed, weighed = point.timed, point.weighed
+    cells: list[Cell | str] = ["–", "–", "–"]
+    if timed is not None:
+        note = "" if timed is point else _ref(timed).strip()
+        cells[:2] = [Cell(duration(timed.mean("seconds")), note), rate(timed.mean("tokens_per_second"))]
+    if weighed is not None:
+        peak = max(run["peak_memory_bytes"] for run in weighed.runs)
+        cells[2] = Cell(size(peak), "" if weighed is point else _ref(weighed).strip())
+    return cells
 
 
 def sweep_panels(points: Sequence[Setting]) -> list[Panel]:
@@ -102,8 +183,17 @@ def _check_cell(what: str, rows: Sequence[dict[str, Any]]) -> Cell:
     after = fmean(float(row["after"]) for row in rows)
     ends = [fmean(float(row[key]) for row in rows) for key in ("low95", "high95")]
     style = _verdict(ends[0], ends[1], rows[0]["better"])
-    shown = f"{100 * after:.1f} %" if _is_share(what) else show("perplexity", after)
-    return Cell(shown, f"{change} ({low} to {high}), n = {rows[0]['n']:,}", "" if style == "open" else style)
+    note = f"{change}, 95 % {low} to {high}"
+    if len(rows) > 1:
+        seeds = [float(row["after"]) for row in rows]
+        note += f"; seeds {_value(what, min(seeds))} to {_value(what, max(seeds))}"
+    return Cell(_value(what, after), f"{note}; n = {rows[0]['n']:,}", "" if style == "open" else style)
+
+
+def _value(what: str, value: float) -> str:
+    if _is_share(what):
+        return f"{100 * value:.1f} %"
+    return f"{value:#.3g}" if what.startswith("answer_loss") else show("perplexity", value)
 
 
 def _verdict(low: float, high: float, better: str) -> str:

@@ -53,14 +53,14 @@ class Arm:
         """A name that no other arm of a study has: ``transformer``, ``mamba-d16``."""
         return self.name if self.d_state is None else f"{self.name}-d{self.d_state}"
 
-    def flops_per_token(self, seqlen: int, vocab_size: int, scored: float) -> int:
+    def flops_per_token(self, seqlen: float, vocab_size: int, scored: float) -> int:
         """Return the floating-point operations of a training token, three times those of the forward pass.
 
         A product-sum counts 2, a step of one state of the scan 7 (as in ``mambacus info``), attention looks at half the
         row on average.
 
         Args:
-            seqlen: tokens of a row.
+            seqlen: tokens of a row, on average.
             vocab_size: rows of the output head.
             scored: share of the tokens whose logits are computed.
         """
@@ -159,10 +159,27 @@ class Learner(nn.Module):
         if self.is_mamba:
             hidden, _, _ = self.model.backbone(input_ids, None, None, checkpointing=False)
         else:
-            hidden = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden = self._transformer_states(input_ids)
         wanted = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))  # (batch, places, width)
         logits: Tensor = self.model.lm_head(wanted)
         return logits.float()
+
+    def _transformer_states(self, input_ids: Tensor) -> Tensor:
+        """Return (batch, seqlen, width), layer by layer: Llama's own forward reads its positions back from the device.
+
+        It asks them whether a row is several documents. With a graph being recorded it cannot ask and builds a mask,
+        which costs the fast attention; without a mask attention is causal.
+        """
+        llama = self.model.model
+        hidden: Tensor = llama.embed_tokens(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        rotations = llama.rotary_emb(hidden, position_ids=positions)
+        for layer in llama.layers:
+            hidden = layer(
+                hidden, attention_mask=None, position_embeddings=rotations, position_ids=positions, use_cache=False
+            )
+        normed: Tensor = llama.norm(hidden)
+        return normed
 
 
 def build(arm: Arm, vocab_size: int, longest: int, seed: int) -> Learner:

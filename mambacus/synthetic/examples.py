@@ -89,7 +89,12 @@ def held_out(task: Task, split: str, rows: int, x: int, seed: int) -> Examples:
     return examples_of(ids, labels)
 
 
-def training_rows(task: Task, split: str, rows: int, xs: Sequence[int], seed: int) -> Examples:
+def training_sets(task: Task, rows: Sequence[int], xs: Sequence[int], seed: int) -> tuple[Examples, ...]:
+    """Return so many training problems of each difficulty of ``xs``: a set for each, whose rows need no fill."""
+    return tuple(examples_of(*_some(task, "train", count, x, seed)) for x, count in zip(xs, rows, strict=True))
+
+
+def mixed_rows(task: Task, split: str, rows: int, xs: Sequence[int], seed: int) -> Examples:
     """Return ``rows`` problems of a split, the difficulty of each drawn evenly from ``xs``, filled to one length."""
     seqlen = max(task.length(x) for x in xs)
     rng = np.random.default_rng((seed, SPLITS.index(split)))
@@ -98,15 +103,21 @@ def training_rows(task: Task, split: str, rows: int, xs: Sequence[int], seed: in
     labels = np.full((rows, seqlen), IGNORE, np.int16)
     end = 0
     for x, count in zip(xs, counts.tolist(), strict=True):
-        goal = end + count
-        for some_ids, some_labels in _drawn(task, split, x, seed, count):
-            begin, end = end, min(goal, end + len(some_ids))
-            ids[begin:end, : task.length(x)] = some_ids[: end - begin]
-            labels[begin:end, : task.length(x)] = some_labels[: end - begin]
-            if end == goal:
-                break
+        begin, end = end, end + count
+        ids[begin:end, : task.length(x)], labels[begin:end, : task.length(x)] = _some(task, split, count, x, seed)
     order = rng.permutation(rows)
     return examples_of(ids[order], labels[order])
+
+
+def _some(task: Task, split: str, rows: int, x: int, seed: int) -> tuple[Tokens, Tokens]:
+    """Return the first ``rows`` rows of difficulty ``x`` of a split, and their labels."""
+    parts: list[tuple[Tokens, Tokens]] = []
+    for part in _drawn(task, split, x, seed, rows):
+        parts.append(part)
+        if sum(len(ids) for ids, _ in parts) >= rows:
+            break
+    ids, labels = (np.concatenate(some)[:rows] for some in zip(*parts, strict=True))
+    return ids, labels
 
 
 def _drawn(task: Task, split: str, x: int, seed: int, rows: int) -> Iterator[tuple[Tokens, Tokens]]:

@@ -36,10 +36,10 @@ class TrainingSettings:
     """How every run is trained; a task may have its own ``steps``, ``batch`` and ``train_rows``."""
 
     steps: int = opt(help="optimiser steps", least=1)
-    batch: int = opt(help="rows of a step", least=1)
+    batch: int = opt(help="rows of a step of the longest; all steps have as many tokens", least=1)
     learning_rates: tuple[float, ...] = opt(help="peak rates tried for every arm", above=0)
     seeds: int = opt(3, "runs at the chosen rate", least=1, most=100)
-    train_rows: int = opt(0, "different training rows (0: steps * batch, each seen once)", least=0)
+    train_rows: int = opt(0, "different training rows, equally many of each difficulty (0: each seen once)", least=0)
     warmup: float = opt(0.05, "share of the steps in which the rate rises", least=0, below=1)
     weight_decay: float = opt(0.1, "AdamW's, on matrices only", least=0)
     clip: float = opt(1.0, "largest norm of the gradient", above=0)

@@ -13,10 +13,11 @@ import torch
 
 from mambacus.runtime.errors import UserError
 from mambacus.synthetic.arms import Arm, build, size_mamba, size_transformer
-from mambacus.synthetic.examples import Examples, held_out, training_rows
+from mambacus.synthetic.examples import Examples, held_out, mixed_rows, training_sets
 from mambacus.synthetic.recipe import ArmSettings, Recipe, TaskEntry
 from mambacus.synthetic.tasks import IGNORE
-from mambacus.synthetic.training import Plan, score, train
+from mambacus.synthetic.training import Plan, rows_of_step, score, train
+from mambacus.tuning.graphs import CudaRecorder
 
 DATA_SEED = 0  # of all rows: seeds of runs decide weights and order
 TUNING_SEED = 1000  # of the runs that choose a rate, so that no seed that is reported has chosen it
@@ -96,15 +97,24 @@ def count_runs(recipe: Recipe, arms: Sequence[Arm]) -> int:
 
 
 def seqlen_of(entry: TaskEntry) -> int:
-    """Return the tokens of a training row."""
+    """Return the tokens of the longest training row."""
     return max(entry.task.length(x) for x in entry.train_x)
 
 
+def mean_seqlen(entry: TaskEntry) -> float:
+    """Return the mean tokens of a training row over the difficulties, which have equally many steps."""
+    return float(np.mean([entry.task.length(x) for x in entry.train_x]))
+
+
+def tokens_of_step(entry: TaskEntry) -> int:
+    """Return the tokens of a step, whatever the difficulty of its rows."""
+    return entry.training.batch * seqlen_of(entry)
+
+
 def scored_share(entry: TaskEntry) -> float:
-    """Return which share of a training row's tokens is scored, from 64 rows a difficulty."""
+    """Return which share of the training tokens is scored, from 64 rows a difficulty."""
     rng = np.random.default_rng(DATA_SEED)
-    counts = [(entry.task.draw(rng, 64, x)[1] != IGNORE).sum() / 64 for x in entry.train_x]
-    return float(np.mean(counts)) / seqlen_of(entry)
+    return float(np.mean([(entry.task.draw(rng, 64, x)[1] != IGNORE).mean() for x in entry.train_x]))
 
 
 def limited(recipe: Recipe, steps: int) -> Recipe:
@@ -132,14 +142,20 @@ class Laboratory:
         self._valid = functools.lru_cache(maxsize=1)(self._draw_valid)
         self._tests = functools.lru_cache(maxsize=1)(self._draw_tests)
 
-    def _draw_training(self, task: str) -> Examples:
+    def _draw_training(self, task: str) -> tuple[Examples, ...]:
         entry = self.recipe.entry(task)
-        rows = entry.training.train_rows or entry.training.steps * entry.training.batch
-        return training_rows(entry.task, "train", rows, entry.train_x, DATA_SEED).to(self.device)
+        parts, tokens = len(entry.train_x), tokens_of_step(entry)
+        steps = -(-entry.training.steps // parts)
+        rows = [
+            entry.training.train_rows // parts or steps * rows_of_step(tokens, entry.task.length(x))
+            for x in entry.train_x
+        ]
+        sets = training_sets(entry.task, rows, entry.train_x, DATA_SEED)
+        return tuple(one.to(self.device) for one in sets)
 
     def _draw_valid(self, task: str) -> Examples:
         entry = self.recipe.entry(task)
-        return training_rows(entry.task, "valid", entry.training.valid_rows, entry.train_x, DATA_SEED).to(self.device)
+        return mixed_rows(entry.task, "valid", entry.training.valid_rows, entry.train_x, DATA_SEED).to(self.device)
 
     def _draw_tests(self, task: str) -> dict[int, Examples]:
         entry = self.recipe.entry(task)
@@ -159,14 +175,15 @@ class Laboratory:
             UserError: the task has too few different problems.
         """
         entry = self.recipe.entry(run.task)
-        settings, seqlen = entry.training, seqlen_of(entry)
+        settings = entry.training
         longest = max(entry.task.length(x) for x in (*entry.train_x, *entry.test_x))
         learner = build(run.arm, entry.task.vocab_size, longest, run.seed)
         plan = Plan(
-            settings.steps, settings.batch, run.learning_rate, run.seed, settings.warmup, settings.weight_decay,
+            settings.steps, tokens_of_step(entry), run.learning_rate, run.seed, settings.warmup, settings.weight_decay,
             settings.clip,
         )  # fmt: skip
-        outcome = train(learner, self._training(run.task), plan)
+        recorder = CudaRecorder(self.device) if self.device.type == "cuda" else None
+        outcome = train(learner, self._training(run.task), plan, recorder)
         found = {
             "task": run.task,
             "arm": run.arm.name,
@@ -180,7 +197,7 @@ class Laboratory:
             "seed": run.seed,
             "tuning": run.tuning,
             "steps": plan.steps,
-            "train_tokens": plan.steps * plan.batch * seqlen,
+            "train_tokens": outcome.tokens,
             "seconds": round(outcome.seconds, 2),
             "curve": outcome.curve,
             "diverged": not math.isfinite(outcome.curve[-1][1]),

@@ -23,7 +23,14 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def save_adapter(model: nn.Module, folder: Path, *, base_model: str, base_signature: Signature) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: Path,
+    *,
+    base_model: str,
+    base_signature: Signature,
+    tensors: dict[str, Tensor] | None = None,
+) -> None:
     """Write the adapter of a model, in PEFT's format, with the signature of the model it belongs to.
 
     The folder appears whole or not at all.
@@ -33,11 +40,13 @@ def save_adapter(model: nn.Module, folder: Path, *, base_model: str, base_signat
         folder: must not exist yet.
         base_model: name or folder under which the base model is loaded.
         base_signature: `mambacus.models.signature.signature` of the base before the adapter was attached.
+        tensors: the adapter's entries of the state dict, if those of the model are shared out over processes.
 
     Raises:
         UserError: it cannot be written.
     """
-    write = _ssm_files(model, base_model) if isinstance(model, MambaLM) else _peft_files(model, base_model)
+    make = _ssm_files if isinstance(model, MambaLM) else _peft_files
+    write = make(model, base_model, tensors)
     staging = folder.with_name(f".{folder.name}.being-written")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -50,7 +59,7 @@ def save_adapter(model: nn.Module, folder: Path, *, base_model: str, base_signat
         raise UserError(f"cannot write {folder}: {' '.join(str(error).split())}") from error
 
 
-def _peft_files(model: nn.Module, base_model: str) -> Any:
+def _peft_files(model: nn.Module, base_model: str, given: dict[str, Tensor] | None) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     if not isinstance(model, PeftModel):
@@ -58,7 +67,7 @@ def _peft_files(model: nn.Module, base_model: str) -> Any:
     config: Any = dataclasses.replace(model.peft_config["default"], inference_mode=True)
     config.base_model_name_or_path = base_model
     config.target_modules = sorted(config.target_modules)
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(model, given, save_embedding_layers=False)
     if hasattr(model, INIT_TENSORS):
         tensors = difference_as_lora(model, config, tensors)
 
@@ -69,10 +78,10 @@ def _peft_files(model: nn.Module, base_model: str) -> Any:
     return write
 
 
-def _ssm_files(model: MambaLM, base_model: str) -> Any:
-    if model.adapter is None:
+def _ssm_files(model: nn.Module, base_model: str, given: dict[str, Tensor] | None) -> Any:
+    if not isinstance(model, MambaLM) or model.adapter is None:
         raise TypeError("expected a model with an adapter, got a plain MambaLM")
-    tensors: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    tensors = {name: given[name] if given else p for name, p in model.named_parameters() if p.requires_grad}
     config = {
         "peft_type": PEFT_TYPE,
         "method": model.adapter.name,

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mambacus.runtime.errors import UserError
+from mambacus.tuning import processes, sharding
 
 
 class TrainingStoppedError(UserError):
@@ -24,16 +25,32 @@ class GradientAudit(TrainerCallback):
     and after it every tensor has changed. From then on gradients must stay finite. A resumed run is audited anew,
     without exceptions.
 
+    Of a model that is shared out over processes, each looks at its part and all come to the same verdict.
+
     Args:
-        parameters: the trainable tensors by name.
+        model: its parameters that require a gradient are audited.
         quiet_first: tells by name which tensors start with a zero gradient by construction.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], quiet_first: Callable[[str], bool]) -> None:
-        self.parameters = parameters
+    def __init__(self, model: nn.Module, quiet_first: Callable[[str], bool]) -> None:
+        self.model = model
+        self.parameters: dict[str, nn.Parameter] = {}
         self.quiet_first = quiet_first
         self._updates = 0
         self._before: torch.Tensor | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the first two updates have been checked."""
+        return self._updates >= 2
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the tensors, which are others since the model was shared out, if the run was launched so."""
+        if processes.is_sharded() != sharding.is_shared_out(self.model):
+            raise TrainingStoppedError("launched with FSDP, but accelerate did not shard the model")
+        self.parameters = trainable(self.model)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -45,9 +62,10 @@ class GradientAudit(TrainerCallback):
         if len(gradients) < len(self.parameters):
             missing = [name for name, parameter in self.parameters.items() if parameter.grad is None]
             raise TrainingStoppedError(f"step {step}: no gradient reaches {_listed(missing)}: it would never train")
-        norms = torch.stack(torch._foreach_norm(gradients)).cpu()
-        if not norms.isfinite().all():
-            broken = [name for name, norm in zip(self.parameters, norms, strict=True) if not norm.isfinite()]
+        norms = torch.stack(torch._foreach_norm([sharding.part(gradient) for gradient in gradients]))
+        infinite, nonzero = self._anywhere(~norms.isfinite(), norms != 0)
+        broken = [name for name, bad in zip(self.parameters, infinite, strict=True) if bad]
+        if broken:
             raise TrainingStoppedError(
                 f"step {step}: the gradient is not finite in {_listed(broken)}; a lower --lr may help"
             )
@@ -56,8 +74,8 @@ class GradientAudit(TrainerCallback):
         first = state.global_step == 0
         zero = [
             name
-            for name, norm in zip(self.parameters, norms, strict=True)
-            if norm == 0 and not (first and self.quiet_first(name))
+            for name, moves in zip(self.parameters, nonzero, strict=True)
+            if not moves and not (first and self.quiet_first(name))
         ]
         if zero:
             raise TrainingStoppedError(f"step {step}: the gradient is zero in {_listed(zero)}: it would never train")
@@ -70,14 +88,26 @@ class GradientAudit(TrainerCallback):
         """After the second update, check that every tensor has changed."""
         if self._updates != 2 or self._before is None:
             return
-        same = self._checksums() == self._before
+        (moved,) = self._anywhere(self._checksums() != self._before)
         self._before = None
-        still = [name for name, unchanged in zip(self.parameters, same, strict=True) if unchanged]
+        still = [name for name, changed in zip(self.parameters, moved, strict=True) if not changed]
         if still:
             raise TrainingStoppedError(f"step {state.global_step + 1}: two updates did not change {_listed(still)}")
 
     def _checksums(self) -> torch.Tensor:
-        return checksums(self.parameters.values())
+        """Return the checksum of this process's part of each tensor."""
+        return checksums(sharding.part(parameter) for parameter in self.parameters.values())
+
+    def _anywhere(self, *flags: torch.Tensor) -> list[list[bool]]:
+        """Return ``flags``, one for each tensor, as they are for the whole tensors."""
+        together = torch.stack(flags)
+        found: list[list[bool]] = (sharding.anywhere(together) if processes.is_sharded() else together).tolist()
+        return found
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def checksums(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -86,33 +116,35 @@ def checksums(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     for tensor in tensors:
         words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
         sums.append(tensor.detach().contiguous().flatten().view(words).sum(dtype=torch.int64))
-    return torch.stack(sums).cpu() if sums else torch.empty(0, dtype=torch.int64)
+    return torch.stack(sums) if sums else torch.empty(0, dtype=torch.int64)
 
 
 class FrozenCheck:
     """Remembers the bits of all frozen tensors, buffers included, and proves later that none has changed."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors = {
-            name: tensor
-            for name, tensor in (*model.named_parameters(), *model.named_buffers())
-            if not tensor.requires_grad and not tensor.is_complex()
-        }
-        self._before = checksums(self._tensors.values())
+        self._before = self._checksums(model)
 
-    def verify(self) -> None:
-        """Compare.
+    def verify(self, model: nn.Module) -> None:
+        """Compare with the model as it is now, which may have been shared out over processes since.
 
         Raises:
             TrainingStoppedError: naming the frozen tensors that training has changed.
         """
-        changed = [
-            name
-            for name, same in zip(self._tensors, checksums(self._tensors.values()) == self._before, strict=True)
-            if not same
-        ]
+        after = self._checksums(model)
+        changed = [name for name, before in self._before.items() if after[name] != before]
         if changed:
             raise TrainingStoppedError(f"training changed what is frozen: {_listed(changed)}")
+
+    @staticmethod
+    def _checksums(model: nn.Module) -> dict[str, int]:
+        frozen = {
+            name: tensor
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if not tensor.requires_grad and not tensor.is_complex()
+        }
+        sums = checksums(sharding.whole(tensor.detach()) for tensor in frozen.values())
+        return dict(zip(frozen, sums.tolist(), strict=True))
 
 
 def first_bad_module(model: nn.Module, forward: Callable[[], object]) -> str:

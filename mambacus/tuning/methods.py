@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from mambacus.models import MambaLM
+from mambacus.models.mamba import MambaMixer
 from mambacus.models.ssm_adapters import SSM_METHODS, attach
 from mambacus.runtime.errors import UserError, suggest
 from mambacus.tuning.peft_methods import PEFT_METHODS, attach_peft
@@ -16,6 +17,8 @@ from mambacus.tuning.peft_methods import PEFT_METHODS, attach_peft
 Rates = tuple[tuple[float, float], ...]
 _ANY = float("inf")
 _LORA_RATES: Rates = ((250e6, 1e-3), (1e9, 5e-4), (_ANY, 3e-4))
+# ten times LoRA's, as the paper has it: Kopiczko et al. 2024, arXiv 2310.11454, table 9
+_PEFT_RATES: dict[str, Rates] = {"vera": ((250e6, 1e-2), (1e9, 5e-3), (_ANY, 3e-3))}
 _LORA_FAMILY = ("lora", "lora+", "rslora", "dora", "pissa", "olora", "cs5242")
 LORA_PLUS_RATIO = 16.0
 
@@ -90,10 +93,15 @@ class Method:
             return model.requires_grad_(True)
         if self.kind == "ssm":
             attach(model, self.name, _ssm_options(self.name, settings))
-            return model
-        return attach_peft(
-            model, PEFT_METHODS[self.peft or self.name], settings.targets or self.targets, self._keys(settings)
-        )
+            attached: nn.Module = model
+        else:
+            attached = attach_peft(
+                model, PEFT_METHODS[self.peft or self.name], settings.targets or self.targets, self._keys(settings)
+            )
+        for module in attached.modules():
+            if isinstance(module, MambaMixer):
+                module.recomputes = not any(p.requires_grad for p in module.x_proj.parameters())
+        return attached
 
     def _keys(self, settings: AdapterSettings) -> dict[str, Any]:
         """Return PEFT's configuration keys for ``settings``."""
@@ -123,7 +131,7 @@ def _ssm_options(name: str, settings: AdapterSettings) -> dict[str, Any]:
 
 
 def _peft(name: str) -> Method:
-    rates = _LORA_RATES if name in _LORA_FAMILY else ((_ANY, 1e-3),)
+    rates = _LORA_RATES if name in _LORA_FAMILY else _PEFT_RATES.get(name, ((_ANY, 1e-3),))
     return Method(name, "peft", rates, PEFT_METHODS[name].quiet_first)
 
 

@@ -17,6 +17,7 @@ import torch
 from mambacus.tuning.data import IGNORED, Sample
 
 PADDING = -1
+PADDING_VALUES = {"input_ids": 0, "labels": IGNORED, "seq_idx": PADDING}
 Rows = list[list[int]]  # sample indices of each row
 
 
@@ -89,12 +90,14 @@ class Plan:
         steps: optimiser steps.
         tokens: real tokens over the run.
         computed_tokens: tokens including padding.
+        parts: micro-batches of a step, of all processes; of the last step there may be fewer.
     """
 
     micro_batches: list[Rows]
     steps: int
     tokens: int
     computed_tokens: int
+    parts: int
 
     @property
     def efficiency(self) -> float:
@@ -145,7 +148,7 @@ def plan(
             computed += max(totals) * len(totals)
             micro_batches.append(part)
         micro_batches += [[] for _ in range(parts - len(split) if processes > 1 else 0)]
-    return Plan(micro_batches, math.ceil(wanted / batch_size), tokens, computed)
+    return Plan(micro_batches, math.ceil(wanted / batch_size), tokens, computed, parts)
 
 
 def _split(rows: Rows, parts: int) -> list[Rows]:
@@ -168,18 +171,16 @@ def collate(rows: Sequence[Sequence[Sample]]) -> dict[str, torch.Tensor]:
         shifted: the model does that.
     """
     longest = max(sum(map(len, row)) for row in rows)
-    input_ids = np.zeros((len(rows), longest), dtype=np.int64)
-    labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
-    seq_idx = np.full((len(rows), longest), PADDING, dtype=np.int32)
+    kinds = {"input_ids": np.int64, "labels": np.int64, "seq_idx": np.int32}
+    arrays = {name: np.full((len(rows), longest), PADDING_VALUES[name], dtype) for name, dtype in kinds.items()}
     for number, row in enumerate(rows):
         filled = 0
         for document, sample in enumerate(row):
             span = slice(filled, filled + len(sample))
-            input_ids[number, span] = sample.ids
-            labels[number, span] = sample.labels
-            seq_idx[number, span] = document
+            arrays["input_ids"][number, span] = sample.ids
+            arrays["labels"][number, span] = sample.labels
+            arrays["seq_idx"][number, span] = document
             filled = span.stop
-    arrays = {"input_ids": input_ids, "labels": labels, "seq_idx": seq_idx}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

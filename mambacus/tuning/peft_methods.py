@@ -2,7 +2,8 @@
 
 Left out, though PEFT has them for linear layers: AdaLoRA (its loss term and its rank schedule need PEFT's own output
 type and loop), GLoRA (takes no subclass of ``nn.Linear``), Poly and X-LoRA (need a task or a router), Lily and BEFT (no
-merge), VB-LoRA, FRoD, PEANuT, OSF, AdaMSS, DEFT, PVeRA, TinyLoRA and Uni-LoRA (not tried).
+merge), OSF (projects gradients by hooks on tensors, which sharding replaces), FRoD (decomposes all layers' weights
+together; not tried at size) and PVeRA (draws in every pass; its loss was noise in the test that each method passes).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mambacus.models.mamba import CausalConv1d, MambaLM
@@ -70,10 +72,17 @@ PEFT_METHODS: dict[str, PeftMethod] = {
     "gralora": PeftMethod("GRALORA", quiet_first=(".gralora_A",)),
     "hira": PeftMethod("HIRA", quiet_first=(".hira_A",)),
     "psoft": PeftMethod("PSOFT"),
+    "vblora": PeftMethod("VBLORA"),
+    "peanut": PeftMethod("PEANUT", quiet_first=(".peanut_A",)),
+    "adamss": PeftMethod("ADAMSS", quiet_first=(".adamss_A",)),
+    "deft": PeftMethod("DEFT"),
+    "tinylora": PeftMethod("TINYLORA"),
+    "unilora": PeftMethod("UNILORA"),
+    "supertuning": PeftMethod("SUPERTUNING"),
 }
 
 
-def attach_peft(model: nn.Module, method: PeftMethod, targets: tuple[str, ...], keys: Mapping[str, Any]) -> nn.Module:
+def attach_peft(model: MambaLM, method: PeftMethod, targets: tuple[str, ...], keys: Mapping[str, Any]) -> nn.Module:
     """Wrap ``model`` with one of PEFT's methods on the target modules; everything else is frozen.
 
     Args:
@@ -91,9 +100,12 @@ def attach_peft(model: nn.Module, method: PeftMethod, targets: tuple[str, ...], 
 
     from mambacus.models.conv_lora import CausalConvLora
     from mambacus.tuning.lora import TrainedLoraLinear
+    from mambacus.tuning.merge import untie
 
     config_class: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.peft_type)]
     modules = resolve_targets(model, targets, method.kinds)
+    if method.moves_base and "lm_head" in modules and model.config.tie_embeddings:
+        untie(model)  # or the embedding would lose the part that is taken out of the head
     given = {**method.keys, **checked_keys(config_class, keys)}
     try:
         config = config_class(target_modules=modules, task_type="CAUSAL_LM", **given)
@@ -147,7 +159,9 @@ def difference_as_lora(attached: Any, config: Any, tensors: dict[str, torch.Tens
     for name, tensor in tensors.items():
         first = initial[name].to(tensor.device)
         is_a = ".lora_A." in name
-        doubled[name] = torch.cat([tensor, first], dim=0) if is_a else torch.cat([tensor, -first], dim=1)
+        both = torch.cat([tensor, first], dim=0) if is_a else torch.cat([tensor, -first], dim=1)
+        missing = 2 * config.r - both.shape[0 if is_a else 1]  # of a matrix of a lower rank there are fewer
+        doubled[name] = F.pad(both, (0, 0, 0, missing) if is_a else (0, missing))
     scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     config.r, config.lora_alpha = 2 * config.r, scale * 2 * config.r
     config.use_rslora, config.init_lora_weights = False, True

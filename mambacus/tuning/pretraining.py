@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambacus.models import MambaLM
-from mambacus.runtime.device import peak_memory_bytes
 from mambacus.runtime.errors import UserError
+from mambacus.runtime.memory import PeakMemory
+from mambacus.tuning import graphs
 from mambacus.tuning.audit import TrainingStoppedError
 from mambacus.tuning.trainer import parameter_groups
 
@@ -147,9 +148,19 @@ class Pretraining:
         plan: how to train.
         folder: receives `CHECKPOINT`.
         compiled: run the model through ``torch.compile``.
+        cuda_graph: whether passes are recorded as CUDA graphs: ``auto``, ``on`` or ``off``.
     """
 
-    def __init__(self, model: MambaLM, mixture: Mixture, plan: Plan, folder: Path, *, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: MambaLM,
+        mixture: Mixture,
+        plan: Plan,
+        folder: Path,
+        *,
+        compiled: bool = False,
+        cuda_graph: str = "auto",
+    ) -> None:
         self.model, self.mixture, self.plan = model, mixture, plan
         self.path = folder / CHECKPOINT
         self.device = model.device
@@ -158,11 +169,20 @@ class Pretraining:
         self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=cuda)
         groups = parameter_groups(model, plan.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95), fused=cuda)
+        self._graph = graphs.choose(cuda_graph, model, self.device)
+        if compiled and self._graph.used:
+            self._graph = graphs.Choice(False, "--compile")
+        self._passes: graphs.Passes | None = None
+        if self._graph.used:
+            recorder = graphs.CudaRecorder(self.device)
+            self._passes = graphs.Passes(self._pass, model, [*model.parameters()], {}, recorder)
         self.step = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.validation: list[dict[str, Any]] = []
         self._loss_sum = torch.zeros((), device=self.device)
+        self._memory = PeakMemory(self.device)
+        self._memory.restart()
 
     @property
     def progress(self) -> float:
@@ -195,14 +215,19 @@ class Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         inputs, targets, seq_idx = self.mixture.batch(self.plan.batch, self.plan.seed, self.step)
-        with self._autocast:
-            loss = stream_loss(self._forward, inputs, targets, seq_idx)
-        loss.backward()
+        batch = {"inputs": inputs, "targets": targets, "seq_idx": seq_idx}
+        loss = self._passes.run(batch) if self._passes else self._pass(batch)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._loss_sum += loss.detach()
+        self._loss_sum += loss
         self.step += 1
+
+    def _pass(self, batch: graphs.Batch) -> Tensor:
+        with self._autocast:
+            loss = stream_loss(self._forward, **batch)
+        loss.backward()
+        return loss.detach()
 
     def _log(self) -> None:
         steps = self.step - (int(self.history[-1]["step"]) if self.history else 0)
@@ -269,10 +294,13 @@ class Pretraining:
                 "tokens_per_second": round(tokens / self.seconds) if self.seconds else 0,
                 "loss_first": self.history[0]["loss"] if self.history else None,
                 "loss_last": self.history[-1]["loss"] if self.history else None,
-                "peak_memory_bytes": peak_memory_bytes(self.device),
+                "peak_memory_bytes": self._memory.read(),
+                "peak_memory_of": self._memory.of,
             },
             "history": self.history,
             "validation": self.validation,
+            "cuda_graph": {"used": self._graph.used, "reason": self._graph.reason}
+            | (self._passes.counts if self._passes else {}),
         }
 
 

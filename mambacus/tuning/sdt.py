@@ -13,6 +13,7 @@ import torch
 
 from mambacus.models import MambaLM
 from mambacus.models.ssm_adapters import mixers
+from mambacus.tuning.data import IGNORED
 from mambacus.tuning.packing import PlannedBatches
 
 WARM_UP_STEPS = 32
@@ -25,10 +26,10 @@ def choose_channels(
 
     Args:
         model: a plain float32 model; it is not changed.
-        data: the micro-batches of the run, whose first ``steps`` are used.
+        data: the micro-batches of the run; the samples of its first ``steps`` steps are used, however they are split.
         share: part of the channels that is chosen, at least one of each layer.
         rate: learning rate of the warm-up.
-        steps: optimiser steps of the warm-up, at most as many as there are micro-batches.
+        steps: optimiser steps of the warm-up, at most those of the run.
     """
     trial = copy.deepcopy(model).requires_grad_(False).train()
     layers = mixers(trial)
@@ -37,10 +38,14 @@ def choose_channels(
     for tensor in learned:
         tensor.requires_grad_(True)
     optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
-    for step in range(min(steps, len(data))):
-        batch = {name: tensor.to(model.device) for name, tensor in data[step].items()}
+    parts = data.plan.parts
+    for step in range(min(steps, data.plan.steps)):
+        batches = [data[number] for number in range(step * parts, min((step + 1) * parts, len(data)))]
+        count = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
         optimizer.zero_grad()
-        trial(**batch, loss_only=True).loss.backward()
+        for batch in batches:
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            trial(**inputs, loss_only=True, num_items_in_batch=count).loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
     chosen = []

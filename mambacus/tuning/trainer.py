@@ -14,18 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from mambacus.runtime.device import has_bfloat16, peak_memory_bytes
+from mambacus.runtime.device import has_bfloat16
 from mambacus.runtime.errors import UserError
-from mambacus.tuning import processes
-from mambacus.tuning.audit import FrozenCheck, GradientAudit, TrainingStoppedError, first_bad_module
+from mambacus.runtime.memory import PeakMemory
+from mambacus.tuning import graphs, processes, sharding
+from mambacus.tuning.audit import FrozenCheck, GradientAudit, TrainingStoppedError, first_bad_module, trainable
 from mambacus.tuning.checkpoints import STAGING, newest_checkpoint, read_notes, write_checkpoint
-from mambacus.tuning.packing import PlannedBatches
+from mambacus.tuning.packing import PADDING_VALUES, PlannedBatches
+from mambacus.tuning.peft_methods import base_of
 
 _WEIGHTS = "trainable.safetensors"
 _NO_WEIGHT = re.compile(r"\.A_log$|\.parametrizations\.A_log\.|\.offset\.|(^|\.)beginning\.")
@@ -47,6 +51,7 @@ class Settings:
         seed: of dropout (the order of the data is the plan's).
         warmup: share of the steps in which the rate rises.
         clip: largest gradient norm.
+        cuda_graph: whether passes are recorded as CUDA graphs: ``auto``, ``on`` or ``off``.
     """
 
     folder: Path
@@ -59,6 +64,7 @@ class Settings:
     seed: int = 0
     warmup: float = 0.03
     clip: float = 1.0
+    cuda_graph: str = "auto"
 
 
 def choose_autocast(dtype: str, device: torch.device) -> torch.dtype | None:
@@ -104,7 +110,7 @@ def train(
         resume: continue from the newest whole checkpoint in ``settings.folder``, if there is one.
 
     Returns:
-        ``{"train": {...}, "history": [...]}`` as docs/architecture.md lists them.
+        ``{"train": {...}, "history": [...], "cuda_graph": {...}}`` as docs/architecture.md lists them.
 
     Raises:
         TrainingStoppedError: a trainable tensor takes no part, or the loss or a gradient is not finite.
@@ -113,12 +119,14 @@ def train(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise TypeError(f"{name} is trained in {parameter.dtype}; master weights are float32")
+    memory = PeakMemory(settings.device)
+    memory.restart()  # the process may have trained, or asked a base model, before
     checkpoint = newest_checkpoint(settings.folder / "checkpoints") if resume else None
     earlier = read_notes(checkpoint)["seconds"] if checkpoint else 0.0
     trainer = MambaTrainer(model, data, settings, quiet_first, rate_of, earlier)
     frozen = FrozenCheck(model)
     trainer.run(checkpoint)
-    frozen.verify()
+    frozen.verify(model)
     history = [
         {key: entry[key] for key in ("step", "loss", "learning_rate", "grad_norm") if key in entry}
         for entry in trainer.state.log_history
@@ -132,10 +140,11 @@ def train(
         "tokens_per_second": round(data.plan.tokens / seconds, 1),
         "loss_first": history[0]["loss"],
         "loss_last": history[-1]["loss"],
-        "peak_memory_bytes": peak_memory_bytes(settings.device),
+        "peak_memory_bytes": memory.read(),
+        "peak_memory_of": memory.of,
         "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
     }
-    return {"train": figures, "history": history}
+    return {"train": figures, "history": history, "cuda_graph": trainer.graph_facts()}
 
 
 class Learner(nn.Module):
@@ -220,19 +229,28 @@ class MambaTrainer(Trainer):
         self._rate_of = rate_of
         self._earlier_seconds = earlier_seconds
         self._started = 0.0
-        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.trainable = trainable
         self.learner = Learner(model, settings.autocast)
         self._checkpoints = settings.folder / "checkpoints"
         self._staging: Path | None = None
+        self._whole: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None  # weights and optimiser, to be saved
+        self._audit = GradientAudit(model, quiet_first)
+        self._graph = graphs.choose(settings.cuda_graph, model, settings.device)
+        self._passes: graphs.Passes | None = None
         super().__init__(
             model=self.learner,
             args=_arguments(settings, data.plan.steps),
             train_dataset=data,
             data_collator=_only_item,
-            callbacks=[GradientAudit(trainable, quiet_first), Progress(data), _tensorboard(settings.folder)],
+            callbacks=[self._audit, Progress(data), _tensorboard(settings.folder)],
         )
         self.remove_callback(PrinterCallback)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let accelerate share the model out if this run was launched so."""
+        super().create_accelerator_and_postprocess()
+        if processes.is_sharded():
+            sharding.use_plugin(self.accelerator, self.learner)
+            self.is_fsdp_enabled = True
 
     def run(self, checkpoint: Path | None) -> None:
         """Train to the end, from ``checkpoint`` if there is one."""
@@ -284,60 +302,130 @@ class MambaTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run forward and backward; stop before the update if the loss is not finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not math.isfinite(loss.item()):
+        """Run forward and backward; stop before the update if the loss is not finite.
+
+        The steps that the audit looks at closely run as they are, those after them from recordings if that was chosen.
+        """
+        if self._graph.used and self._audit.settled:
+            count = torch.as_tensor(num_items_in_batch, device=self.settings.device)
+            loss = self._recorded_passes().run({**self._prepare_inputs(inputs), "num_items_in_batch": count})
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        bad = ~loss.isfinite()
+        if sharding.anywhere(bad) if processes.is_sharded() else bad:
             batch = self._prepare_inputs(inputs)
-            where = first_bad_module(self.learner.model, lambda: self.learner(**batch))
+            seen = [(loss.item(), first_bad_module(self.learner.model, lambda: self.learner(**batch)))]
+            seen = processes.gather(seen[0]) if processes.is_sharded() else seen
+            value, where = next(pair for pair in seen if not math.isfinite(pair[0]))
             last = newest_checkpoint(self._checkpoints)
             raise TrainingStoppedError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}, first seen in {where}; "
+                f"step {self.state.global_step + 1}: the loss is {value}, first seen in {where}; "
                 f"{f'{last} is kept' if last else 'no checkpoint was written yet'}"
             )
         return loss
+
+    def _recorded_passes(self) -> graphs.Passes:
+        def run(batch: graphs.Batch) -> torch.Tensor:
+            inputs = dict(batch)
+            count = inputs.pop("num_items_in_batch")
+            loss = self.compute_loss(self.learner, inputs, num_items_in_batch=count)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+        if self._passes is None:
+            recorder = graphs.CudaRecorder(self.settings.device)
+            self._passes = graphs.Passes(
+                run, base_of(self.learner.model), [*trainable(self.learner.model).values()], PADDING_VALUES, recorder
+            )
+        return self._passes
+
+    def graph_facts(self) -> dict[str, Any]:
+        """Return whether passes were recorded, why, and how many, for the record."""
+        counts = self._passes.counts if self._passes else {}
+        return {"used": self._graph.used, "reason": self._graph.reason} | counts
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self._checkpoints)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Let the Trainer write its files aside, then move them into place in one piece."""
+        """Let the Trainer write its files aside, then move them into place in one piece.
 
-        def save_into(folder: Path) -> None:
-            self._staging = folder
-            processes.wait()
-            super(MambaTrainer, self)._save_checkpoint(model, trial)
-            processes.wait()
+        What goes wrong on one process stops all of them with the first one's message.
+        """
+        optimizer: Any = self.optimizer
+        self._whole = sharding.gathered((trainable(self.learner.model), optimizer.state_dict()))
+        folder, problem = self._checkpoints, ""
+        try:
+            if processes.is_main():
+                step, notes = self.state.global_step, {"seconds": self.seconds}
+                write_checkpoint(folder, step, notes, lambda at: self._fill(at, model, trial))
+            else:  # adds its random state to what the main process writes
+                self._fill(folder / STAGING, model, trial)
+        except (UserError, OSError) as error:
+            problem = str(error)
+            if self._staging is None:  # there is not even a folder, for which the others wait
+                processes.gather(problem)
+        self._whole = self._staging = None
+        problem = processes.gather(problem)[0]
+        if problem:
+            raise UserError(problem)
+
+    def _fill(self, folder: Path, model: nn.Module, trial: Any) -> None:
+        """Write this process's files of a checkpoint into ``folder``."""
+        _stop_at(processes.gather(""))
+        self._staging, problem = folder, ""
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            problem = str(error)
+        _stop_at(processes.gather(problem))
+        if processes.is_main():
             (written,) = folder.iterdir()
             for path in written.iterdir():
                 path.rename(folder / path.name)
             written.rmdir()
 
-        if not processes.is_main():  # adds its random state to what the main process writes
-            self._staging = self._checkpoints / STAGING
-            processes.wait()
-            super()._save_checkpoint(model, trial)
-            processes.wait()
-            self._staging = None
-            return
-        try:
-            write_checkpoint(self._checkpoints, self.state.global_step, {"seconds": self.seconds}, save_into)
-        finally:
-            self._staging = None
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained tensors only: the frozen ones are the base model's."""
-        folder = Path(output_dir or self._checkpoints)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: parameter.detach().contiguous() for name, parameter in self.trainable.items()}
-        save_file(tensors, folder / _WEIGHTS)
+        if processes.is_main() and self._whole is not None:
+            folder = Path(output_dir or self._checkpoints)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: t.detach().contiguous() for name, t in self._whole[0].items()}, folder / _WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write what one process with the whole model would write, so that any number of processes can go on."""
+        schedule: Any = self.lr_scheduler
+        if processes.is_main() and self._whole is not None:
+            torch.save(self._whole[1], Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         tensors = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
-        if tensors.keys() != self.trainable.keys():
+        parameters = trainable(self.learner.model)
+        if tensors.keys() != parameters.keys():
             raise UserError(f"{resume_from_checkpoint}: holds other tensors than this run trains; choose another --out")
         with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(tensors[name])
+            for name, parameter in parameters.items():
+                parameter.copy_(sharding.shared_out_like(tensors[name], parameter))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        optimizer: Any = self.optimizer
+        schedule: Any = self.lr_scheduler
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, values in state["state"].items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                values[key] = sharding.shared_out_like(values[key], parameters[number])
+        optimizer.load_state_dict(state)
+        schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+
+def _stop_at(problems: list[str]) -> None:
+    """Raise the first of the processes' problems, if there is one."""
+    if any(problems):
+        raise OSError(next(filter(None, problems)))
 
 
 def _arguments(settings: Settings, steps: int) -> TrainingArguments:

@@ -10,7 +10,8 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from mambacus.inference import Engine, SamplingParams
-from mambacus.inference.decoder import TAPED_ROWS, Decoder
+from mambacus.inference import decoder as decoder_module
+from mambacus.inference.decoder import ROUNDED_ROWS, TAPED_ROWS, Decoder
 from mambacus.inference.watch import Watch
 from mambacus.models import MambaLM
 from mambacus.models.mamba import RMSNorm
@@ -42,7 +43,22 @@ def test_steps_as_the_model_does(model: MambaLM, weights: str | None, dtype: tor
         quantise(model, weights)
     decoder = Decoder(model, model, TAPED_ROWS + 1)
     assert steps(model, decoder, rows) == 0
-    assert (decoder._tapes.get(rows) is not None) == (rows <= TAPED_ROWS)
+    assert decoder._tapes.get(rows) is not None
+
+
+def test_a_tape_of_many_rows_serves_fewer_too(model: MambaLM) -> None:
+    """Rows beyond the batch compute nothing that a row of it, or who takes their slot next, sees."""
+    most = TAPED_ROWS + ROUNDED_ROWS
+    decoder = Decoder(model, model, most)
+    for count in (most, most - 4, most):  # multiples of four, which the products take in one order of summation
+        assert steps(model, decoder, count) == 0
+    assert [*decoder._tapes] == [most]
+
+
+def test_a_wide_model_is_not_taped_for_many_rows(model: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "TAPED_NUMBERS", TAPED_ROWS * model.config.d_inner)
+    decoder = Decoder(model, model, TAPED_ROWS + 1)
+    assert steps(model, decoder, TAPED_ROWS + 1) == 0 and not decoder._tapes
 
 
 def twice(*args: Any) -> Any:

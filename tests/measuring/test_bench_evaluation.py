@@ -24,7 +24,7 @@ def made_up(case: EvalCase, *_: Any) -> tuple[dict[str, Any], Any]:
     """A run that was never made: hf answers one document otherwise."""
     name = case.implementation
     row = {"benchmark": "eval", "task": case.task, "num_fewshot": case.num_fewshot, "implementation": name,
-           "documents": case.documents, "seconds": SECONDS[name]}  # fmt: skip
+           "model": case.model, "documents": case.documents, "seconds": SECONDS[name]}  # fmt: skip
     if name in READ:
         row |= {"tokens_read": READ[name], "tokens_naive": 600, "requests": 4, "generated_tokens": 0}
     items = {n: {"acc": float(n == 0 and name == "hf"), "perplexity": [-5.0, 1]} for n in range(case.documents)}
@@ -68,6 +68,16 @@ def test_on_a_gpu_the_peer_is_a_transformer_of_that_size() -> None:
         eval_cases("130m", "cpu", "float32", 1, 1)
 
 
+def test_a_tuned_model_generates_beside_tiny(tmp_path: Path) -> None:
+    cases = eval_cases("tiny", "cpu", "float32", documents=20, peer_documents=5, tuned=tmp_path / "words")
+    assert [(case.task, Path(case.model).name) for case in cases[::3]] == [
+        ("gsm8k", "tiny"), ("gsm8k", "words"), ("arc_challenge", "tiny"), ("arc_easy", "tiny"), ("hellaswag", "tiny"),
+    ]  # fmt: skip
+    assert [case.implementation for case in cases[3:6]] == ["mambacus", "no-state-reuse", "hf"]
+    with pytest.raises(UserError, match="--tuned words: expected with --device cpu"):
+        eval_cases("1.4b", "cuda", "bfloat16", 1, 1, tuned=Path("words"))
+
+
 @pytest.mark.parametrize(("device", "model", "dtype"), [("cpu", "tiny", "float32"), ("cuda", "1.4b", "bfloat16")])
 def test_without_a_model_a_device_gets_one_that_it_can_measure(device: str, model: str, dtype: str) -> None:
     config = fill(Config("eval", Path("r.json"), device=device))
@@ -87,12 +97,18 @@ def test_a_refusal_is_repeated_without_its_head(monkeypatch: pytest.MonkeyPatch,
     (case, *_) = eval_cases("tiny", "cpu", "float32", 4, 2)
     with pytest.raises(UserError) as caught:
         list(measure_evaluation([case], tmp_path, 1.0))
-    assert str(caught.value) == "eval gsm8k 5-shot 4 documents mambacus: --data-dir: no gsm8k"
+    assert str(caught.value) == "eval gsm8k 5-shot 4 documents mambacus tiny: --data-dir: no gsm8k"
 
 
 def test_a_folder_of_documents_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "eval", "--model", "tiny", "--out", str(tmp_path / "r.json")]) == 2
     assert "--data-dir: expected the folder of the evaluation files" in capsys.readouterr().err
+
+
+def test_a_tuned_model_is_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--tuned", str(tmp_path / "none"), "--data-dir", str(tmp_path)]
+    assert main(["bench", "eval", *flags, "--out", str(tmp_path / "r.json")]) == 2
+    assert "--tuned: expected a model folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

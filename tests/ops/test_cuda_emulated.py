@@ -37,6 +37,7 @@ from mambacus.ops.cross_entropy import gpu as loss
 from mambacus.ops.cross_entropy import interface
 from mambacus.ops.decode_step import StepWeights
 from mambacus.ops.decode_step import gpu as step
+from mambacus.ops.linear import dropout
 from mambacus.ops.rms_norm import gpu as norm
 from mambacus.ops.selective_scan import gpu_cuda as scan
 
@@ -105,6 +106,7 @@ def _emulated(build: Callable[[nvrtc.Program], ctypes.CDLL], monkeypatch: pytest
 
     monkeypatch.setattr(nvrtc.Program, "kernel", kernel)
     monkeypatch.setattr(conv, "_THREADS", 32)
+    monkeypatch.setattr(conv, "_multiprocessors", lambda device: 2)
 
 
 def hold(inputs: dict[str, Any], forward_plan: scan.Plan, backward_plan: scan.Plan, **options: Any) -> None:
@@ -159,6 +161,29 @@ def test_conv_with_documents(dtype: torch.dtype) -> None:
     seq_idx = document_ids(5, 45)
     inputs = conv_inputs((5, 45, 20, 4), dtype, seq_idx=seq_idx)
     hold_conv(conv.forward, conv.backward, inputs, seq_idx=seq_idx)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alike", [True, False])
+def test_conv_takes_a_gradient_in_two_parts(dtype: torch.dtype, alike: bool) -> None:
+    def backward(grad_y: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        twin = grad_y / 2 if alike else torch.stack([grad_y / 2] * 2, dim=-1)[..., 0]
+        return conv.backward(grad_y / 2, *args, None, twin)
+
+    seq_idx = document_ids(5, 45)
+    inputs = conv_inputs((5, 45, 20, 4), dtype, seq_idx=seq_idx, absent=("initial_state",))
+    hold_conv(conv.forward, backward, inputs, seq_idx=seq_idx)
+
+
+@pytest.mark.parametrize("plan", [conv.Plan(4, 4, 32), conv.Plan(2, 8, 16), conv.Plan(1, 1, 128)], ids=str)
+def test_conv_launches(plan: conv.Plan) -> None:
+    inputs = conv_inputs((2, 70, 20, 4), torch.bfloat16)
+    hold_conv(conv.forward, functools.partial(conv.backward, plan=plan), inputs)
+
+
+def test_conv_runs_fill_whole_rounds_of_blocks() -> None:
+    rounds = {shape: conv.backward_plan(shape, 132).run for shape in ((8, 2048, 1536 // 4), (4, 2048, 4096 // 4))}
+    assert rounds == {(8, 2048, 384): 32, (4, 2048, 1024): 128}  # blocks of 32 threads here, 128 on a GPU
 
 
 @pytest.mark.parametrize("shape", [(2, 40, 33, 4), (2, 2, 30, 5), (1, 9, 30, 1)])
@@ -255,9 +280,19 @@ def test_prefetch_stays_within_the_next_weight(kind: str) -> None:
     assert share == ahead == 65536  # all of out_proj
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((9, 64), torch.bfloat16), ((5, 13), torch.float32), ((300, 8), torch.float16)], ids=str
+)
+def test_dropout(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, seed = torch.randn(shape).to(dtype), torch.tensor([(5 << 40) + 11])
+    y = torch.full_like(x, torch.nan)
+    dropout._launch(nvrtc.layout(x), dropout.kept_share(0.3), None)(x=x, y=y, seed=seed)
+    assert torch.equal(y, dropout.drop(x, seed, 0.3))
+
+
 def test_arguments_match_the_source() -> None:
     """ctypes lays the struct out as the C++ one: same names in the same order."""
-    for module in (scan, conv, norm, loss, step):
+    for module in (scan, conv, norm, loss, dropout, step):
         path = module._SOURCE
         body = re.search(r"struct Args \{(.*?)\n\};", path.read_text(), re.S)
         assert body is not None

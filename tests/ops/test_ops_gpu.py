@@ -22,9 +22,12 @@ from kernel_checks import (
 )
 
 from mambacus.models import MambaConfig, MambaLM
-from mambacus.ops import add_rms_norm, causal_conv1d, linear_cross_entropy, rms_norm, selective_scan
+from mambacus.ops import add_rms_norm, causal_conv1d, linear, linear_cross_entropy, rms_norm, selective_scan, twins
 from mambacus.ops.causal_conv1d.reference import causal_conv1d_update_ref
 from mambacus.ops.decode_step import decode_step
+from mambacus.ops.linear import gpu as linear_gpu
+from mambacus.ops.linear.dropout import drop
+from mambacus.ops.linear.gpu import lora_linear
 from mambacus.ops.selective_scan.reference import selective_state_update_ref
 from mambacus.runtime.errors import UserError
 
@@ -205,7 +208,7 @@ def test_public_functions_under_autograd() -> None:
         assert (a - b).norm() < 1e-5 * b.norm()
 
 
-@pytest.mark.parametrize("batch", [1, 7, 8, 16, 23, 32, 33, 130])
+@pytest.mark.parametrize("batch", [1, 7, 8, 16, 23, 32, 33, 48, 64, 130])
 def test_fused_step(batch: int) -> None:
     hold_step(functools.partial(decode_step, backend="cuda"), step_weights(device="cuda"), batch)
 
@@ -232,3 +235,66 @@ def test_fused_step_says_what_it_cannot_take() -> None:
         weights = step_weights(d_state=4, device="cuda")
         tokens = torch.zeros(1, dtype=torch.int64, device="cuda")
         decode_step(weights, tokens, tokens, tokens, tokens, backend="cuda")
+
+
+@pytest.mark.parametrize("rows", [(50,), (3, 40)], ids=str)
+def test_products_under_autocast(rows: tuple[int, ...]) -> None:
+    """The weight's gradient is float32 and nearer to the truth than torch's, the others are torch's own."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(*size, device="cuda") for size in ((*rows, 64), (96, 64))]
+    grad = torch.randn(*rows, 96, device="cuda").bfloat16()
+    found = {}
+    for name, function in (("ours", linear), ("torch", torch.nn.functional.linear)):
+        x, weight = (leaf.clone().requires_grad_() for leaf in leaves)
+        with torch.autocast("cuda", torch.bfloat16):
+            y = function(x, weight)
+        y.backward(grad)
+        found[name] = (y.detach(), x.grad, weight.grad)
+    for ours, theirs in zip(found["ours"], found["torch"], strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+    truth = grad.double().flatten(0, -2).t() @ leaves[0].bfloat16().double().flatten(0, -2)
+    errors = [(found[name][2].double() - truth).norm().item() for name in ("ours", "torch")]
+    assert errors[0] < 1e-5 * truth.norm() < errors[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_conv_takes_the_gradients_of_two_readers(kernels: str, dtype: torch.dtype) -> None:
+    seq_idx = document_ids(5, 150, "cuda")
+    inputs = conv_inputs((5, 150, 70, 4), dtype, seq_idx=seq_idx, absent=("initial_state",), device="cuda")
+    names = ("x", "weight", "bias")
+    ones = [torch.randn(5, 150, 70, device="cuda").to(dtype) for _ in range(2)]
+    found = []
+    for apart in (True, False):
+        leaves = [inputs[name].detach().clone().requires_grad_() for name in names]
+        y, _ = causal_conv1d(*leaves, seq_idx=seq_idx)
+        first, second = twins(y) if apart else (y, y)
+        assert (first is not second) == apart
+        found.append(torch.autograd.grad([first, second], leaves, ones))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * b.norm()
+
+
+@pytest.mark.parametrize("shape", [(50, 64), (7, 13)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_is_that_of_the_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, seed = torch.randn(shape).to(dtype), torch.tensor([(5 << 40) + 11])
+    assert torch.equal(drop(x.cuda(), seed.cuda(), 0.3).cpu(), drop(x, seed, 0.3))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_loras_product(dropout: float) -> None:
+    """The same seed on a GPU and a CPU: the product and the gradients are equal up to rounding."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(*size) for size in ((50, 64), (96, 64), (8, 64), (96, 8))]
+    grad, seed = torch.randn(50, 96).bfloat16(), torch.tensor([12345])
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_gpu, "draw_seed", seed.to)
+        for device in ("cuda", "cpu"):
+            x, weight, down, up = (leaf.to(device, copy=True).requires_grad_() for leaf in leaves)
+            y = lora_linear(x, weight.detach(), down, up, 2.5, dropout, torch.bfloat16)
+            y.backward(grad.to(device))
+            found.append([t.detach().cpu().double() for t in (y, x.grad, down.grad, up.grad)])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 5e-3 * b.norm()

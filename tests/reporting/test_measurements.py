@@ -12,6 +12,7 @@ import pytest
 from synthetic_measurements import LAST_OF_PEER, LENGTHS, write_controlled, write_lengths, write_scan, write_sweep
 from synthetic_records import record, write_record
 
+from mambacus.reporting.export import markdown
 from mambacus.reporting.figures import draw
 from mambacus.reporting.page import Page, build, render
 from mambacus.reporting.scales import linear_scale, log_scale, steps_scale
@@ -121,11 +122,68 @@ def test_methods_are_means_over_seeds_with_paired_intervals(page):
             for row in section.tables[0].rows}  # fmt: skip
     assert rows["lora"]["Method"].note == "3 seeds [3]"
     accuracy = rows["lora"]["Word problems, accuracy"]
-    assert (accuracy.text, accuracy.note, accuracy.style) == ("80.0 %", "+60.0 (+55.0 to +65.0), n = 200", "better")
+    assert (accuracy.text, accuracy.note, accuracy.style) == (
+        "80.0 %",
+        "+60.0, 95 % +55.0 to +65.0; seeds 79.0 % to 81.0 %; n = 200",
+        "better",
+    )
     assert rows["bitfit"]["Word problems, accuracy"].style == "worse"
     assert rows["ia3"]["Word problems, accuracy"].style == ""
     assert rows["lora"]["English novels, perplexity"].style == "worse"  # lower is better there
     assert rows["ia3"]["English novels, perplexity"].style == "better"
+    assert (rows["lora"]["Time"].text, rows["lora"]["Peak memory"].text) == ("1 min 18 s", "1 GiB")
+    (base,) = (row for row in section.tables[0].rows if row[0].note == "before training [3]")
+    assert [cell.text for cell in base[3:5]] == ["20.0 %", "54.00"] and section.notes == ()
+
+
+def test_methods_take_time_and_memory_from_a_sweep_of_its_own_where_runs_shared_the_machine(tmp_path):
+    shared, alone = (write_sweep(tmp_path / name) for name in ("a.json", "b.json"))
+
+    def edit(path, change):
+        raw = json.loads(path.read_text())
+        change(raw["results"])
+        path.write_text(json.dumps(raw))
+
+    def share(results):
+        results["one_at_a_time"] = False
+        for run in results["runs"]:
+            run["peak_memory_of"] = "process"
+
+    def bare(results):
+        results["one_at_a_time"] = True
+        results["runs"] = [
+            run | {"check": {}, "seconds": 5.0, "peak_memory_bytes": 2**20, "peak_memory_of": "steps"}
+            for run in results["runs"]
+            if run["seed"] == 0 and run["method"] != "ia3"
+        ]
+
+    edit(shared, share)
+    section = build(collect([shared])).section("methods")
+    assert not {"Time", "Tokens/s", "Peak memory"} & set(section.tables[0].headings)
+    assert [note.partition(":")[0] for note in section.notes] == ["Time is left out [1]", "Memory is left out [1]"]
+
+    edit(alone, bare)
+    section = build(collect([shared, alone])).section("methods")
+    rows = {row[0].text: dict(zip(section.tables[0].headings, row, strict=True)) for row in section.tables[0].rows}
+    assert list(rows) == ["tiny: method x seed", "lora", "bitfit", "ia3"]
+    assert [(rows["lora"][name].text, rows["lora"][name].note) for name in ("Time", "Peak memory")] == [
+        ("5.0 s", "[2]"), ("1 MiB", "[2]"),
+    ]  # fmt: skip
+    assert rows["lora"]["Last loss"].text == "0.050" and rows["ia3"]["Time"].text == "–"
+    assert [bar.row.title for bar in section.panels[0].bars] == ["lora", "bitfit", "ia3"]
+
+    section = build(collect([alone])).section("methods")  # alone it is a comparison like any other
+    assert [row[0].text for row in section.tables[0].rows] == ["lora", "bitfit"]
+
+
+@pytest.mark.parametrize("name", ["methods", "methods-gsm8k"])
+def test_the_documentation_of_methods_prints_the_tables_of_the_records(name):
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "methods.md").read_text()
+    (path,) = (root / "benchmarks").glob(f"gpu-{name}-20*.json")
+    section = build(collect([path, *(root / "benchmarks").glob(f"gpu-{name}-solo-20*.json")])).section("methods")
+    assert f"\n{markdown(section.tables[0])}\n" in text
+    assert f"benchmarks/{path.name}" in text and f"(images/{name}.svg)" in text
 
 
 def test_methods_put_better_to_the_right_on_every_panel(page):

@@ -8,7 +8,15 @@ import torch
 
 from mambacus.runtime.errors import UserError
 from mambacus.synthetic.addition import EQUALS, PLUS
-from mambacus.synthetic.examples import Examples, answers_right, examples_of, held_out, row_hash, training_rows
+from mambacus.synthetic.examples import (
+    Examples,
+    answers_right,
+    examples_of,
+    held_out,
+    mixed_rows,
+    row_hash,
+    training_sets,
+)
 from mambacus.synthetic.phonebook import ASK, IS
 from mambacus.synthetic.tasks import END, IGNORE, PAD, SYMBOLS, make_task
 from mambacus.synthetic.words import tokenizer
@@ -115,7 +123,8 @@ def test_splits_are_disjoint(kind):
     made = task(kind)
     x = 2  # few enough problems for the same to be drawn again and again
     size = made.length(x)
-    train = training_rows(made, "train", 3000, [x], seed=0)
+    (train,) = training_sets(made, [3000], [x], seed=0)
+    assert len(train) == 3000
     seen = set(row_hash(train.input_ids.numpy()).tolist())
     for split in ("test", "valid"):
         rows = held_out(made, split, 30, x, seed=0)
@@ -132,13 +141,21 @@ def test_too_few_problems_are_refused():
         held_out(task("addition"), "test", 500, 1, seed=0)
 
 
-def test_training_rows_mix_difficulties_and_are_filled():
-    rows = training_rows(task("addition"), "train", 400, [1, 4], seed=0)
+def test_training_sets_have_one_difficulty_each():
+    short, long = training_sets(task("mqar"), [30, 50], [1, 4], seed=0)
+    assert short.input_ids.shape == (30, 5) and long.input_ids.shape == (50, 17)
+    assert not (short.input_ids == PAD).any() and not (long.input_ids == PAD).any()
+    again = training_sets(task("mqar"), [30, 50], [1, 4], seed=0)
+    assert torch.equal(again[0].input_ids, short.input_ids) and torch.equal(again[1].targets, long.targets)
+
+
+def test_mixed_rows_are_filled():
+    rows = mixed_rows(task("addition"), "valid", 400, [1, 4], seed=0)
     assert rows.input_ids.shape == (400, 17)
     short = rows.input_ids[:, 2] == PLUS
     assert 120 < int(short.sum()) < 280
     assert bool((rows.input_ids[short, 8:] == PAD).all())
-    again = training_rows(task("addition"), "train", 400, [1, 4], seed=0)
+    again = mixed_rows(task("addition"), "valid", 400, [1, 4], seed=0)
     assert torch.equal(rows.input_ids, again.input_ids) and torch.equal(rows.targets, again.targets)
 
 

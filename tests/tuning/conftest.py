@@ -21,7 +21,8 @@ def make_model() -> Callable[..., MambaLM]:
 
     def make(**changes: object) -> MambaLM:
         torch.manual_seed(1)
-        model = MambaLM(MambaConfig(d_model=16, n_layer=2, vocab_size=257, d_state=4, **changes))  # type: ignore[arg-type]
+        sizes = {"d_model": 16, "n_layer": 2, "vocab_size": 257, "d_state": 4}
+        model = MambaLM(MambaConfig(**(sizes | changes)))  # type: ignore[arg-type]
         with torch.no_grad():
             model.backbone.embeddings.weight.mul_(10)  # logits far from uniform, so that differences would show
         return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,18 @@ def test_the_cache_gives_what_was_tokenised(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(AssertionError, match="tokenised again"):
         prepare(DataSettings("wordproblems:41", max_length=600, cache=cache), byte_tokenizer())
     assert len([*cache.iterdir()]) == 1  # what failed left nothing
+
+
+def test_rows_are_read_and_tokenised_as_they_are_needed(tmp_path: Path) -> None:
+    """What lets a set be larger than memory: nothing runs to the end of its source before it gives the first sample."""
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}:", "completion": " x"}) + "\n" for n in range(500)) + "{\n")
+    examples = iterate_examples(str(path))
+    assert [next(examples).prompt for _ in range(100)] == [f"{n}:" for n in range(100)]
+    with pytest.raises(UserError, match="line 501"):
+        list(examples)
+    endless = (Example(f"{n}:", " x") for n in itertools.count())
+    assert len(next(encode_stream(endless, byte_tokenizer(), {}, max_length=64))) > 3
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

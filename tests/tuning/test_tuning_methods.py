@@ -35,13 +35,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fourierft": {"n_frequency": 200},
     "shira": {"r": 4},
     "c3a": {"block_size": 8},
-    "road": {"group_size": 16},
+    "road": {"group_size": 8},
     "waveft": {"n_frequency": 200},
     "miss": {"r": 4},
     "psoft": {"r": 4},
     "hira": {"r": 8},
     "oft": {"oft_block_size": 4},
     "boft": {"boft_block_size": 4},
+    "vblora": {"num_vectors": 32, "vector_length": 8},
+    "adamss": {"num_subspaces": 2, "r": 8},
+    "unilora": {"theta_d_length": 64},
     "sdt": {"channels": [[1, 5], [0, 7]]},
     "lora-x": {"scale": 1.0},
     "cs5242": {"r": 16},
@@ -137,6 +140,30 @@ def test_lora_trains_loads_and_merges_on_each_target(
         expected = model(input_ids=INPUT).logits
         again = attach_adapter(make_model(), saved(model, tmp_path / "adapter", make_model())).eval()
         assert torch.equal(again(input_ids=INPUT).logits, expected)
+    before = prompt_logits(again, byte_tokenizer())
+    gate(before, prompt_logits(merge(again)[0], byte_tokenizer()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["x_proj", "dt_proj", "lm_head", "all-linear"])
+@pytest.mark.parametrize("name", [name for name in PEFT_METHODS if name != "lora"])
+def test_each_method_goes_on_each_linear_target(
+    make_model: Callable[..., MambaLM], samples: list[Sample], settings: Settings, tmp_path: Path,
+    name: str, target: str,
+) -> None:  # fmt: skip
+    """What the default places and LoRA's own test leave open; the model's sizes are such that all methods fit."""
+
+    def fitting_model() -> MambaLM:
+        return make_model(dt_rank=8, vocab_size=264)
+
+    model = attach(fitting_model(), name, targets=(target,))
+    figures = learn(model, name, samples, settings, rate=1e-3 if name == "fourierft" else 1e-2)  # it scales by 300
+    assert figures["loss_last"] < figures["loss_first"] * (1.001 if target == "dt_proj" else 1)  # it moves steps alone
+    model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=INPUT).logits
+        again = attach_adapter(fitting_model(), saved(model, tmp_path / "adapter", fitting_model())).eval()
+        assert (again(input_ids=INPUT).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     before = prompt_logits(again, byte_tokenizer())
     gate(before, prompt_logits(merge(again)[0], byte_tokenizer()))
 
@@ -249,3 +276,16 @@ def test_sdt_takes_the_channels_whose_rates_move_most(
         model.backbone.layers[0].mixer.x_proj.weight[:, :4] = 0.1  # type: ignore[union-attr]
     (first, _) = choose_channels(model, data, share=0.1, rate=1e-2)
     assert set(first) <= {0, 1, 2, 3}, "only channels whose output is read get a gradient on their rates"
+
+
+def test_sdt_takes_the_same_channels_however_a_step_is_split(
+    make_model: Callable[..., MambaLM], samples: list[Sample]
+) -> None:
+    """The choice belongs to the mathematics of a run: it depends on neither processes nor accumulation."""
+
+    def chosen(**split: int) -> list[list[int]]:
+        settings = {"epochs": 1, "max_steps": 3, "batch_size": 6, "grad_accum": 1, "capacity": 64, "seed": 0}
+        data = PlannedBatches(samples, plan([*map(len, samples)], **(settings | split)))  # type: ignore[arg-type]
+        return choose_channels(make_model(), data, share=0.2, rate=1e-2)
+
+    assert chosen() == chosen(grad_accum=2) == chosen(processes=2) == chosen(grad_accum=2, processes=2)

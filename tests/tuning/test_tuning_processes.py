@@ -55,10 +55,34 @@ def test_a_process_without_samples_takes_part_with_nothing(samples: list[Sample]
         assert (batches[number]["labels"] == -100).all()
 
 
-def test_sharded_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="sharded models"):
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "version 2 only; launch with --fsdp_version 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "--fsdp_offload_params"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "give --checkpointing instead",
+        ),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed precision fp16, which is refused"),
+    ],
+)
+def test_what_does_not_work_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
+) -> None:
+    for name, value in ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"} | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        processes.join("cpu")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_cpu_processes_beside_gpus_do_not_share_a_model_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES"):
         processes.join("cpu")
 
 

@@ -7,12 +7,12 @@
 // the input j tokens before, lies in the row if j <= age. Beyond, the taps of the row's first document lie in the initial state,
 // column WIDTH - (j - age); those of other documents are zero.
 //
-// Macros: WIDTH, RUN, VEC; X_TYPE, STATE_TYPE; HAS_BIAS, HAS_SEQ, HAS_STATE, HAS_FINAL, SILU (0 or 1).
+// Macros: WIDTH, RUN, VEC; THREADS of a block, MIN_BLOCKS for each multiprocessor; X_TYPE, STATE_TYPE; HAS_BIAS, HAS_SEQ, HAS_STATE, HAS_FINAL, HAS_TWIN, SILU (0 or 1).
 
 #define AHEAD 4  // tokens loaded at once
 
 struct Args {
-  const void *x, *grad_y, *state, *grad_final;
+  const void *x, *grad_y, *grad_twin, *state, *grad_final;  // grad_twin: added to grad_y, which lies in memory alike
   const float *weight, *bias;
   const int* seq;
   void *y, *final_state, *grad_x, *grad_state;
@@ -144,12 +144,13 @@ __device__ __forceinline__ float before_silu(float grad, float total) {
   return grad * s * fmaf(total, 1.0f - s, 1.0f);
 }
 
-extern "C" __global__ void conv_backward(const Args p) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_backward(const Args p) {
   const int d = (blockIdx.x * blockDim.x + threadIdx.x) * VEC;
   const long long batch = blockIdx.z;
   if (d >= p.d_inner) return;
   const Channels own(p, batch, d);
   const char* grad_y = at<X_TYPE>(p.grad_y, batch * p.sgb + d);
+  const char* grad_twin = at<X_TYPE>(p.grad_twin, batch * p.sgb + d);
   char* grad_x = at<X_TYPE>(p.grad_x, batch * p.sob + d);
   const int begin = blockIdx.y * RUN, end = min(begin + RUN, p.seqlen), last = p.seqlen - 1;
   float window[WIDTH][VEC], sums[WIDTH + 1][VEC];
@@ -166,11 +167,12 @@ extern "C" __global__ void conv_backward(const Args p) {
     for (int c = 0; c < VEC; c++) sums[k][c] = 0.0f;
 
   for (int first = begin; first < end + WIDTH - 1; first += AHEAD) {
-    Pack<X_TYPE, VEC> next[AHEAD], next_grad[AHEAD];
+    Pack<X_TYPE, VEC> next[AHEAD], next_grad[AHEAD], next_twin[AHEAD];
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
       next[k] = load<X_TYPE, VEC>(own.x, min(first + k, last), p.sxt);
       next_grad[k] = load<X_TYPE, VEC>(grad_y, min(first + k, last), p.sgt);
+      if (HAS_TWIN) next_twin[k] = load<X_TYPE, VEC>(grad_twin, min(first + k, last), p.sgt);
     }
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
@@ -193,7 +195,8 @@ extern "C" __global__ void conv_backward(const Args p) {
           taps[j] = own.tap(window, place, j, c);
           total = fmaf(own.weight[WIDTH - 1 - j][c], taps[j], total);
         }
-        const float grad = place.real ? before_silu(next_grad[k][c], total) : 0.0f;
+        const float grad_of_y = HAS_TWIN ? next_grad[k][c] + next_twin[k][c] : next_grad[k][c];
+        const float grad = place.real ? before_silu(grad_of_y, total) : 0.0f;
         const float counted = row < end ? grad : 0.0f;
 #pragma unroll
         for (int j = 0; j < WIDTH; j++) {

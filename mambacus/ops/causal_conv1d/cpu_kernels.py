@@ -80,6 +80,45 @@ def slide(g, b, t, channel, window, taps):
     return total + newest * load(taps + last)
 
 
+@njit
+def convolve(g, b, first, last, channel, window, taps, y):
+    """Filter the tokens [first, last) of one vector of channels."""
+    for t in range(first, last):
+        if is_padding(g.seq_idx, b * g.seqlen + t):
+            write(y, b, t, channel, splat(0.0))
+            continue
+        total = slide(g, b, t, channel, window, taps)
+        if g.silu:
+            total = total * sigmoid(total)
+        write(y, b, t, channel, total)
+
+
+@njit
+def convolve_four(g, b, first, last, channel, window, taps, y):
+    """As `convolve`, of four taps, with window and taps in registers; the sums are in the same order."""
+    tap0, tap1, tap2, tap3 = load(taps), load(taps + VECTOR), load(taps + 2 * VECTOR), load(taps + 3 * VECTOR)
+    x0, x1, x2, x3 = load(window), load(window + VECTOR), load(window + 2 * VECTOR), load(window + 3 * VECTOR)
+    bias = splat(0.0)
+    if g.bias.address != 0:
+        bias = read(g.bias, 0, 0, channel)
+    for t in range(first, last):
+        token = b * g.seqlen + t
+        if is_padding(g.seq_idx, token):
+            write(y, b, t, channel, splat(0.0))
+            continue
+        if restarts(g.seq_idx, token, t):
+            x1 = x2 = x3 = splat(0.0)
+        x0, x1, x2, x3 = x1, x2, x3, read(g.x, b, t, channel)
+        total = (((bias + x0 * tap0) + x1 * tap1) + x2 * tap2) + x3 * tap3
+        if g.silu:
+            total = total * sigmoid(total)
+        write(y, b, t, channel, total)
+    store(window, x0)
+    store(window + VECTOR, x1)
+    store(window + 2 * VECTOR, x2)
+    store(window + 3 * VECTOR, x3)
+
+
 @Kernel
 def conv_forward(p, thread, threads):
     """Convolve every (row, group of channels)."""
@@ -96,14 +135,11 @@ def conv_forward(p, thread, threads):
         for first in range(0, g.seqlen, TILE):
             for channel in range(start, stop, LANES):
                 place = (channel - start) // LANES * block
-                for t in range(first, min(first + TILE, g.seqlen)):
-                    if is_padding(g.seq_idx, b * g.seqlen + t):
-                        write(y, b, t, channel, splat(0.0))
-                        continue
-                    total = slide(g, b, t, channel, windows + place, taps + place)
-                    if g.silu:
-                        total = total * sigmoid(total)
-                    write(y, b, t, channel, total)
+                last = min(first + TILE, g.seqlen)
+                if g.d_conv == 4:
+                    convolve_four(g, b, first, last, channel, windows + place, taps + place, y)
+                else:
+                    convolve(g, b, first, last, channel, windows + place, taps + place, y)
         for channel in range(start, stop, LANES):
             row = 4 * (b * g.d_inner + channel) * g.d_conv
             scatter(final_state + row, windows + (channel - start) // LANES * block, g.d_conv)

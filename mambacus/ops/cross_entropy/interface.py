@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambacus.ops.linear.gpu import float32_product
 from mambacus.ops.nvrtc import TYPES, unavailable
 
 ROWS = 4096  # whose logits are held at once
@@ -59,14 +60,17 @@ class _Chunked(torch.autograd.Function):
         rows, matrix, targets = hidden.to(dtype), weight.to(dtype), targets.contiguous()
         loss = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(rows) if wants_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
+        grad_weight: Tensor | None = None
         for piece in (slice(first, first + ROWS) for first in range(0, len(rows), ROWS)):
             logits = rows[piece] @ matrix.t()
             loss += cross_entropy_(logits, targets[piece], gradient=wants_hidden or wants_weight).sum()
             if grad_hidden is not None:
                 torch.mm(logits, matrix, out=grad_hidden[piece])
-            if grad_weight is not None:
-                grad_weight += _float32_product(logits.t(), rows[piece])
+            if wants_weight:
+                product = float32_product(logits.t(), rows[piece])
+                grad_weight = product if grad_weight is None else grad_weight.add_(product)
+        if wants_weight and grad_weight is None:  # there are no rows
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss
@@ -76,10 +80,3 @@ class _Chunked(torch.autograd.Function):
         (grad,) = grads
         scaled = (None if t is None else (t * grad).to(d) for t, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *scaled, None, None
-
-
-def _float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b`` in float32 whatever their dtype."""
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

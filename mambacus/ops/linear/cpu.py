@@ -12,12 +12,14 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from mambacus.ops.bfloat16_simd import multiplies_pairs
+from mambacus.ops.linear.pairs import few_rows_by_pairs
+from mambacus.ops.linear.streams import STREAMS, ask_ahead, share
 from mambacus.ops.rows import new, read_numbers, write_number
 from mambacus.ops.simd import LANES, VECTOR, load, load_bfloat16, prefetch, splat, store, total
 from mambacus.ops.threads import Kernel, thread_count
 
-OUTPUTS = 48  # outputs of one task; a multiple of the three that a tile computes
-AHEAD = 8192
+PAIRED_ROWS = 4  # from here on the instruction for pairs of bfloat16 is used; fewer rows wait for memory either way
 NANOSECONDS_PER_WEIGHT = 0.25  # of one thread
 NANOSECONDS_PER_PRODUCT = 0.03
 
@@ -28,12 +30,6 @@ def dot(x, weight, length, half):
     a, b, c, d = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     fours = length - length % (4 * LANES)
     for k in range(0, fours, 4 * LANES):
-        ahead = weight + k * (2 if half else 4) + AHEAD
-        prefetch(ahead)
-        prefetch(ahead + VECTOR)
-        if not half:
-            prefetch(ahead + 2 * VECTOR)
-            prefetch(ahead + 3 * VECTOR)
         a = a + load(x + 4 * k) * read_numbers(weight, k, half)
         b = b + load(x + 4 * k + VECTOR) * read_numbers(weight, k + LANES, half)
         c = c + load(x + 4 * k + 2 * VECTOR) * read_numbers(weight, k + 2 * LANES, half)
@@ -41,6 +37,24 @@ def dot(x, weight, length, half):
     for k in range(fours, length, LANES):
         a = a + load(x + 4 * k) * read_numbers(weight, k, half)
     return total((a + b) + (c + d))
+
+
+@njit
+def dot_streams(x, weight, apart, length, half):
+    """Return the products of one row of x and `STREAMS` rows of weights, ``apart`` bytes from one another."""
+    a = b = c = d = e = f = splat(0.0)
+    size = 2 if half else 4
+    for k in range(0, length, LANES):
+        w = weight + size * k
+        ask_ahead(w, apart)
+        v = load(x + 4 * k)
+        a = a + v * read_numbers(w, 0, half)
+        b = b + v * read_numbers(w + apart, 0, half)
+        c = c + v * read_numbers(w + 2 * apart, 0, half)
+        d = d + v * read_numbers(w + 3 * apart, 0, half)
+        e = e + v * read_numbers(w + 4 * apart, 0, half)
+        f = f + v * read_numbers(w + 5 * apart, 0, half)
+    return total(a), total(b), total(c), total(d), total(e), total(f)
 
 
 @njit
@@ -81,17 +95,34 @@ def tile(x, x_row, weight, weight_row, length, half, y, place, y_row, y_half, ah
 
 
 @njit
-def compute_outputs(p, x, first, last, half):
-    """Compute the outputs [first, last) of every row of x, float32 at an address."""
+def compute_streams(p, x, first, last, half):
+    """Compute the outputs [first, last) of the few rows of x that need no tile, float32 at an address."""
+    rows, outputs, length, weight, y, y_half = p[0], p[1], p[2], p[4], p[5], p[8]
+    weight_row, x_row = length * (2 if half else 4), length * 4
+    each = (last - first) // STREAMS
+    for n in range(first, first + each):
+        for m in range(rows):
+            found = dot_streams(x + m * x_row, weight + n * weight_row, each * weight_row, length, half)
+            for i in range(STREAMS):
+                write_number(y, m * outputs + n + i * each, found[i], y_half)
+    for n in range(first + STREAMS * each, last):
+        for m in range(rows):
+            value = dot(x + m * x_row, weight + n * weight_row, length, half)
+            write_number(y, m * outputs + n, value, y_half)
+
+
+@njit
+def compute_tiles(p, x, first, last, half):
+    """Compute the outputs [first, last) of every row of x, four at least, float32 at an address."""
     rows, outputs, length, weight, y, y_half = p[0], p[1], p[2], p[4], p[5], p[8]
     weight_row, x_row = length * (2 if half else 4), length * 4
     tiled_rows = rows - rows % 4
-    tiled_last = first + (last - first) // 3 * 3 if tiled_rows else first
-    tiles = max(1, tiled_rows // 4)
+    tiled_last = first + (last - first) // 3 * 3
+    tiles = tiled_rows // 4
     stride = -(-3 * LANES * (2 if half else 4) // tiles)  # the tiles share the work of asking for the next weights
     for n in range(first, tiled_last, 3):
         w = weight + n * weight_row
-        for i in range(tiled_rows // 4):
+        for i in range(tiles):
             ahead = w + 3 * weight_row + i * stride * (length // LANES)
             place = 4 * i * outputs + n
             tile(x + 4 * i * x_row, x_row, w, weight_row, length, half, y, place, outputs, y_half, ahead, stride)
@@ -103,6 +134,15 @@ def compute_outputs(p, x, first, last, half):
         for m in range(rows):
             value = dot(x + m * x_row, weight + n * weight_row, length, half)
             write_number(y, m * outputs + n, value, y_half)
+
+
+@njit
+def compute_outputs(p, x, first, last, half):
+    """Compute the outputs [first, last) of every row of x, float32 at an address."""
+    if p[0] < 4:
+        compute_streams(p, x, first, last, half)
+    else:
+        compute_tiles(p, x, first, last, half)
 
 
 @njit
@@ -119,32 +159,41 @@ def widened(p, thread):
 
 @Kernel
 def few_rows_kernel(p, thread, threads):
-    """Compute the tasks of this thread; the dtype is settled outside the loops."""
+    """Compute the outputs of this thread, neighbours; the dtype is settled outside the loops."""
     outputs, half = p[1], p[6]
     x = widened(p, thread)
-    tasks = -(-outputs // OUTPUTS)
-    for task in range(tasks * thread // threads, tasks * (thread + 1) // threads):  # neighbours: one stream of memory
-        first, last = task * OUTPUTS, min((task + 1) * OUTPUTS, outputs)
-        if half:
-            compute_outputs(p, x, first, last, True)
-        else:
-            compute_outputs(p, x, first, last, False)
+    first, last = share(outputs, thread, threads)
+    if half:
+        compute_outputs(p, x, first, last, True)
+    else:
+        compute_outputs(p, x, first, last, False)
 
 
-def few_rows(x: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return ``x @ weight.T``, summed in float32.
+def few_rows(x: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32, *, pairs: bool | None = None) -> Tensor:
+    """Return ``x @ weight.T``, summed in float32; inputs and weights are multiplied as they are.
 
     Args:
-        x: (..., in_features), float32 or bfloat16; in_features is a multiple of `LANES`.
+        x: (..., in_features), float32 or bfloat16; in_features is a multiple of 16.
         weight: (out_features, in_features), contiguous float32 or bfloat16.
         dtype: of the result, float32 or bfloat16.
+        pairs: multiply bfloat16 by the kernel for the processor's own products, or widen it to float32; None for what
+            is faster.
+
+    Numerics:
+        Products are exact in both; sums are float32, in another order. The processor's own products take numbers below
+        2**-126 for zeros.
     """
     x = x.contiguous()
     outputs, length = weight.shape
     rows = x.numel() // length
     y = new(*x.shape[:-1], outputs, dtype=dtype)
     cost = outputs * length * max(NANOSECONDS_PER_WEIGHT, NANOSECONDS_PER_PRODUCT * rows)
-    threads = thread_count(-(-outputs // OUTPUTS), cost)
+    threads = thread_count(-(-outputs // STREAMS), cost)
+    if pairs is None:
+        pairs = rows >= PAIRED_ROWS and x.dtype == weight.dtype == torch.bfloat16 and multiplies_pairs()
+    if pairs:
+        few_rows_by_pairs(x.view(rows, length), weight, y, threads)
+        return y
     wide = x if x.dtype == torch.float32 else new(threads, x.numel())
     halves = (int(tensor.dtype == torch.bfloat16) for tensor in (weight, x, y))
     addresses = (x.data_ptr(), weight.data_ptr(), y.data_ptr())

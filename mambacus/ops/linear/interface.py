@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambacus.ops.dispatch import runs_eagerly_on_cpu
+from mambacus.ops.dispatch import runs_eagerly_on_cpu, runs_eagerly_on_gpu
+from mambacus.ops.linear.gpu import HALVES, autocast_linear
 
 FEW_ROWS = 64  # up to here the own kernel is faster than torch's product
 _VECTOR = 16  # the kernel reads whole vectors of at most so many numbers
@@ -22,7 +23,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     When no gradient is needed, on a CPU, and all tensors are float32 or all bfloat16, few rows (decoding) run an own
     kernel that reads each weight once, and bfloat16 without hardware support converts the weights in pieces and
-    multiplies in float32, which is several times faster than torch's emulation. Else torch computes.
+    multiplies in float32, which is several times faster than torch's emulation. On a GPU, a float32 weight under
+    autocast gets its gradient in float32 from the product itself (`mambacus.ops.linear.gpu`). Else torch computes.
 
     Args:
         x: (..., in_features).
@@ -38,6 +40,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Memory:
         At most 16 MiB for converted weights, besides the result in float32.
     """
+    if bias is None and _trains_on_gpu(x, weight):
+        return autocast_linear(x, weight, torch.get_autocast_dtype("cuda"))
     if not _runs_here(x, weight, bias):
         return F.linear(x, weight, bias)
     rows = x.numel() // weight.shape[1]
@@ -81,6 +85,16 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ weight.T + bias``; input (..., in_features)."""
         return linear(input, self.weight, self.bias)
+
+
+def _trains_on_gpu(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether a gradient is wanted of a product of a float32 weight under autocast to half precision on a GPU."""
+    if not (runs_eagerly_on_gpu(x) and runs_eagerly_on_gpu(weight) and torch.is_autocast_enabled("cuda")):
+        return False
+    if weight.dtype != torch.float32 or weight.dim() != 2 or x.dim() < 2 or x.dtype not in (torch.float32, *HALVES):
+        return False
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return wanted and torch.get_autocast_dtype("cuda") in HALVES
 
 
 def _runs_here(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

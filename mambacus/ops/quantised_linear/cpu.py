@@ -28,6 +28,7 @@ from mambacus.ops.integer_simd import (
     to_floats,
     top_bits,
 )
+from mambacus.ops.linear.streams import STREAMS, ask_ahead, share
 from mambacus.ops.quantised_linear.packing import BLOCK_BYTES, WORDS, Packed
 from mambacus.ops.rows import new, read_numbers, write_number
 from mambacus.ops.simd import (
@@ -46,7 +47,6 @@ from mambacus.ops.simd import (
 )
 from mambacus.ops.threads import Kernel, thread_count
 
-OUTPUTS = 16  # outputs of one task
 AHEAD = 2048  # bytes from the weights being read to those asked for
 TILE = 4  # rows of x for which weights are unpacked once
 NANOSECONDS_PER_BYTE = 0.08  # of one thread, to read weights
@@ -93,23 +93,70 @@ def two_planes(v, w, x):
 
 
 @njit
-def dot8(x, codes, scales, blocks):
-    """Return the product of one rounded row of x and one row of int8 weights."""
-    a = splat(0.0)
-    for block in range(blocks):
-        prefetch(codes + AHEAD)
-        scale = first_scale(load_scales(scales + 2 * block))
-        for half in range(HALVES):  # apart: their sum could be too large for 32 bits
+def add_block8(a, x, codes, scales):
+    """Return ``a`` and the products of one block of int8 weights and its inputs."""
+    scale = first_scale(load_scales(scales))
+    for half in range(HALVES):  # apart: their sum could be too large for 32 bits
+        w = load_words(codes + half * VECTOR)
+        a = a + two_planes(top_bits(w, 0, 8), top_bits(w, 8, 8), x + half * VECTOR) * scale
+    return a
+
+
+@njit
+def add_block4(a, x, codes, scales):
+    """Return ``a`` and the products of one block of int4 weights and its inputs."""
+    for pair in range(2):  # of planes
+        both = load_scales(scales + 4 * pair)
+        for half in range(HALVES):
             w = load_words(codes + half * VECTOR)
-            a = a + two_planes(top_bits(w, 0, 8), top_bits(w, 8, 8), x + half * VECTOR) * scale
+            v, w = (top_bits(w, 0, 4), top_bits(w, 4, 4)) if pair == 0 else (top_bits(w, 8, 4), top_bits(w, 12, 4))
+            place = x + 2 * pair * PLANE + half * VECTOR
+            a = a + one_plane(v, place) * first_scale(both)
+            a = a + one_plane(w, place + PLANE) * second_scale(both)
+    return a
+
+
+@njit
+def add_block(a, x, codes, scales, eight):
+    """Return ``a`` and the products of one block of weights and its inputs."""
+    return add_block8(a, x, codes, scales) if eight else add_block4(a, x, codes, scales)
+
+
+@njit
+def dot(x, codes, scales, blocks, eight):
+    """Return the product of one rounded row of x and one row of weights."""
+    a = splat(0.0)
+    for _ in range(blocks):
+        prefetch(codes + AHEAD)
+        a = add_block(a, x, codes, scales, eight)
         codes += BLOCK_BYTES
-        x += 2 * PLANE
+        scales += 2 if eight else 8
+        x += (2 if eight else 4) * PLANE
     return total(a)
 
 
 @njit
+def dot_streams(x, codes, scales, apart, blocks, eight):
+    """Return what `dot` does for `STREAMS` rows of weights, ``apart`` rows from one another."""
+    a = b = c = d = e = f = splat(0.0)
+    row, step = apart * blocks * BLOCK_BYTES, apart * blocks * (2 if eight else 8)
+    for _ in range(blocks):
+        ask_ahead(codes, row)
+        a = add_block(a, x, codes, scales, eight)
+        b = add_block(b, x, codes + row, scales + step, eight)
+        c = add_block(c, x, codes + 2 * row, scales + 2 * step, eight)
+        d = add_block(d, x, codes + 3 * row, scales + 3 * step, eight)
+        e = add_block(e, x, codes + 4 * row, scales + 4 * step, eight)
+        f = add_block(f, x, codes + 5 * row, scales + 5 * step, eight)
+        codes += BLOCK_BYTES
+        scales += 2 if eight else 8
+        x += (2 if eight else 4) * PLANE
+    return total(a), total(b), total(c), total(d), total(e), total(f)
+
+
+@njit
 def tile8(x, x_row, codes, scales, blocks):
-    """Return what `dot8` does for four rows of x."""
+    """Return what `dot` does for four rows of x and int8 weights."""
     a = b = c = d = splat(0.0)
     for block in range(blocks):
         prefetch(codes + AHEAD)
@@ -128,29 +175,9 @@ def tile8(x, x_row, codes, scales, blocks):
 
 
 @njit
-def dot4(x, codes, scales, blocks):
-    """Return the product of one rounded row of x and one row of int4 weights; two sums keep the pipelines busy."""
-    a = b = splat(0.0)
-    for _ in range(blocks):
-        prefetch(codes + AHEAD)
-        for pair in range(2):  # of planes
-            both = load_scales(scales + 4 * pair)
-            for half in range(HALVES):
-                w = load_words(codes + half * VECTOR)
-                v, w = (top_bits(w, 0, 4), top_bits(w, 4, 4)) if pair == 0 else (top_bits(w, 8, 4), top_bits(w, 12, 4))
-                place = x + 2 * pair * PLANE + half * VECTOR
-                a = a + one_plane(v, place) * first_scale(both)
-                b = b + one_plane(w, place + PLANE) * second_scale(both)
-        scales += 8
-        codes += BLOCK_BYTES
-        x += 4 * PLANE
-    return total(a + b)
-
-
-@njit
 def tile4(x, x_row, codes, scales, blocks):
-    """Return what `dot4` does for four rows of x."""
-    a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = splat(0.0)
+    """Return what `dot` does for four rows of x and int4 weights."""
+    a = b = c = d = splat(0.0)
     for _ in range(blocks):
         prefetch(codes + AHEAD)
         for pair in range(2):  # of planes
@@ -160,17 +187,17 @@ def tile4(x, x_row, codes, scales, blocks):
                 w = load_words(codes + half * VECTOR)
                 v, w = (top_bits(w, 0, 4), top_bits(w, 4, 4)) if pair == 0 else (top_bits(w, 8, 4), top_bits(w, 12, 4))
                 place = x + 2 * pair * PLANE + half * VECTOR
-                a0, a1 = a0 + one_plane(v, place) * first, a1 + one_plane(w, place + PLANE) * second
+                a = a + one_plane(v, place) * first + one_plane(w, place + PLANE) * second
                 place += x_row
-                b0, b1 = b0 + one_plane(v, place) * first, b1 + one_plane(w, place + PLANE) * second
+                b = b + one_plane(v, place) * first + one_plane(w, place + PLANE) * second
                 place += x_row
-                c0, c1 = c0 + one_plane(v, place) * first, c1 + one_plane(w, place + PLANE) * second
+                c = c + one_plane(v, place) * first + one_plane(w, place + PLANE) * second
                 place += x_row
-                d0, d1 = d0 + one_plane(v, place) * first, d1 + one_plane(w, place + PLANE) * second
+                d = d + one_plane(v, place) * first + one_plane(w, place + PLANE) * second
         scales += 8
         codes += BLOCK_BYTES
         x += 4 * PLANE
-    return total(a0 + a1), total(b0 + b1), total(c0 + c1), total(d0 + d1)
+    return total(a), total(b), total(c), total(d)
 
 
 class Task(NamedTuple):
@@ -217,11 +244,28 @@ def compute_output(task, x, x_row, steps, n, eight):
         write_number(y, (m + 2) * width + n, c * load_float(steps + 4 * m + 8), half)
         write_number(y, (m + 3) * width + n, d * load_float(steps + 4 * m + 12), half)
     for m in range(tiled, task.rows):
-        if eight:
-            product = dot8(x + m * x_row, codes, scales, task.blocks)
-        else:
-            product = dot4(x + m * x_row, codes, scales, task.blocks)
+        product = dot(x + m * x_row, codes, scales, task.blocks, eight)
         write_number(y, m * width + n, product * load_float(steps + 4 * m), half)
+
+
+@njit
+def compute_outputs(task, x, x_row, steps, first, last, eight):
+    """Compute the outputs [first, last) of every row."""
+    if task.rows >= TILE:
+        for n in range(first, last):
+            compute_output(task, x, x_row, steps, n, eight)
+        return
+    each = (last - first) // STREAMS
+    for n in range(first, first + each):
+        codes = task.codes + n * task.blocks * BLOCK_BYTES
+        scales = task.scales + n * task.blocks * (2 if eight else 8)
+        for m in range(task.rows):
+            products = dot_streams(x + m * x_row, codes, scales, each, task.blocks, eight)
+            for i in range(STREAMS):
+                value = products[i] * load_float(steps + 4 * m)
+                write_number(task.y, m * task.outputs + n + i * each, value, task.y_half)
+    for n in range(first + STREAMS * each, last):
+        compute_output(task, x, x_row, steps, n, eight)
 
 
 @Kernel
@@ -236,15 +280,11 @@ def few_rows_kernel(p, thread, threads):
         row = task.x + (2 if task.x_half else 4) * m * task.length
         step = round_row(row, x + m * x_row, task.length, padded, task.x_half)
         store_float(steps + 4 * m, step / np.float32(1 << (16 - task.bits)))  # weights stand at the top of their words
-    parts = -(-task.outputs // OUTPUTS)
-    first = parts * thread // threads * OUTPUTS
-    last = min(parts * (thread + 1) // threads * OUTPUTS, task.outputs)  # neighbours: one stream of memory
+    first, last = share(task.outputs, thread, threads)
     if task.bits == 8:
-        for n in range(first, last):
-            compute_output(task, x, x_row, steps, n, True)
+        compute_outputs(task, x, x_row, steps, first, last, True)
     else:
-        for n in range(first, last):
-            compute_output(task, x, x_row, steps, n, False)
+        compute_outputs(task, x, x_row, steps, first, last, False)
 
 
 def few_rows(x: Tensor, weight: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -264,7 +304,7 @@ def few_rows(x: Tensor, weight: Packed, dtype: torch.dtype = torch.float32) -> T
     rows = x.numel() // length
     y = new(*x.shape[:-1], outputs, dtype=dtype)
     cost = outputs * code_words * (2 * NANOSECONDS_PER_BYTE + rows * weight.format.planes * NANOSECONDS_PER_PRODUCT)
-    threads = thread_count(-(-outputs // OUTPUTS), cost)
+    threads = thread_count(-(-outputs // STREAMS), cost)
     rounded = new(threads * rows * (code_words * weight.format.planes + 2), dtype=torch.int16)
     addresses = (tensor.data_ptr() for tensor in (x, weight.codes, weight.scales, y, rounded))
     halves = (int(tensor.dtype == torch.bfloat16) for tensor in (x, y))

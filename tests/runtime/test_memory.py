@@ -1,4 +1,4 @@
-"""The peak of a benchmark's steps leaves out what building took, where the system can count anew."""
+"""The peak of steps leaves out what came before them, where the system can count anew."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambacus.measuring.memory import PeakMemory
 from mambacus.runtime.device import peak_memory_bytes
+from mambacus.runtime.memory import PeakMemory
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -1,4 +1,4 @@
-"""Peak memory of a benchmark's steps, without what building the model took, where the system can count anew."""
+"""Peak memory of steps, without what came before them in this process, where the system can count anew."""
 
 from __future__ import annotations
 
