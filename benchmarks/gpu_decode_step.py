@@ -346,7 +346,7 @@ def main() -> None:
                 result: Any = step(name, sizes[0], ceiling["copy_gb_s"])
             else:
                 result = {"check": check, "kernels": kernels, "engine": engine}[kind](name, *sizes)
-        except (RuntimeError, UserError, AssertionError) as error:  # the other cases are worth having
+        except (RuntimeError, UserError, AssertionError, ValueError, TypeError, LookupError, AttributeError) as error:
             result = {"error": str(error)[:2000]}
         rows.append({"case": case, "result": result})
         if kind in ("check", "engine") or "error" in result:
