@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import bisect
+import logging
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mambacus.inference.fused import fused_weights
 from mambacus.inference.watch import Watch
 from mambacus.models import MambaLM, MambaState
 from mambacus.models.mamba import MambaMixer
 from mambacus.models.primed import PrimedModel
+from mambacus.ops.decode_step import decode_step
 from mambacus.ops.tape import Tape
+
+_log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # batch sizes of recorded steps
 TAPED_ROWS = 16  # steps on a CPU of up to so many rows are kept as tapes, whatever the model
@@ -37,15 +42,19 @@ class Decoder:
     Every layer's states lie side by side, so the first n rows of the memory are a batch as they stand: a row that ends
     is replaced by the last one, and no other state moves. On a GPU the memory never moves either, and the step is
     recorded once for each of `BUCKETS` as a CUDA graph, which launches all its kernels at once; rows between n and
-    the bucket's size compute what nobody reads. On a CPU the step of a few rows is recorded as a `Tape`. A model with
-    an adapter attached is stepped without graphs and tapes, since the adapter may be changed or switched off between
-    two steps.
+    the bucket's size compute what nobody reads. What is recorded is the fused step of `mambacus.ops.decode_step`, or
+    where that does not fit the model, the model's own. On a CPU the step of a few rows is recorded as a `Tape`. A model
+    with an adapter attached is stepped without graphs and tapes, since the adapter may be changed or switched off
+    between two steps.
 
     Args:
         model: what is stepped: a `MambaLM` or a ``peft.PeftModel``.
         base: the `MambaLM` in it.
         capacity: most rows.
         graphs: record CUDA graphs where the model allows it.
+
+    Attributes:
+        unfused: why the graph recorded last is of the model's modules and not of the fused step; None if it is not.
     """
 
     def __init__(self, model: nn.Module, base: MambaLM, capacity: int, *, graphs: bool = True) -> None:
@@ -59,6 +68,7 @@ class Decoder:
         self._watch: Watch | None = None  # the model that the tapes are of
         self._graph_memory: Any = None  # shared: one step's numbers are read before the next one's are written
         self._input: Tensor | None = None
+        self.unfused: str | None = None
         self._weights = (0, torch.device("cpu"), torch.float32)
 
     @torch.no_grad()
@@ -176,14 +186,16 @@ class Decoder:
     def _record(self, size: int) -> tuple[Any, Tensor]:
         """Record the step of ``size`` rows; the states are as before afterwards."""
         assert self._pool is not None and self._input is not None
-        state, inputs = _first(self._pool, size), self._input[:size, None]
+        state, inputs = _first(self._pool, size), self._input[:size]
         before = state.select(range(size))
+        weights = fused_weights(self._base, size)
+        self.unfused = weights if isinstance(weights, str) else None
+        _log.info("a step of %d rows: %s", size, f"not fused: {weights}" if self.unfused else "fused")
 
         def step() -> Tensor:
-            out = self._model(input_ids=inputs, state=state, reuse_state=True)
-            state.tokens.copy_(out.state.tokens)
-            logits: Tensor = out.logits[:, 0]
-            return logits
+            if isinstance(weights, str):
+                return self._run(inputs[:, None], state)
+            return decode_step(weights, inputs, state.conv_state, state.ssm_state, state.tokens, backend="cuda")
 
         stream = torch.cuda.Stream(inputs.device)
         stream.wait_stream(torch.cuda.current_stream(inputs.device))

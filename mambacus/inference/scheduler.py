@@ -1,7 +1,8 @@
 """Continuous batching: rows that are done leave, prompts that wait take their place, long prompts do not stop the rest.
 
-One `step` reads at most one chunk of the waiting prompts and chooses the next token of every row, or, on a GPU, the
-next few, so that the host waits once for several tokens.
+One `step` reads at most one chunk of the waiting prompts and chooses the next token of every row. On a GPU it queues
+the next few tokens of every row and looks at those queued by the step before, so that the GPU does not wait for the
+host: a row that ended meanwhile computes a few tokens that nobody reads.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ GPU_BLOCK = 8  # tokens chosen on a GPU between two looks at them
 NAN = "the model's logits are NaN: its state holds NaN or infinity, or its dtype is too narrow"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Row:
     """One completion in the making."""
 
@@ -40,11 +42,49 @@ class _Row:
     seen: Tensor | None  # bool (vocabulary,): tokens that a repetition penalty applies to
     stop_tokens: frozenset[int]
     prompt_state: MambaState | None
+    chosen: int = 0  # tokens chosen so far, of which the last ones may not have been looked at
+    end_state: MambaState | None = None  # after all tokens but the last, of a row that is as long as it may get
     token_ids: list[int] = dataclasses.field(default_factory=list)
     scores: list[TokenScore] = dataclasses.field(default_factory=list)
     told: int = 0  # tokens that pieces told of
     completion: Completion | None = None
     error: str | None = None
+
+    @property
+    def done(self) -> bool:
+        """Nothing more will be said of it."""
+        return self.completion is not None or self.error is not None
+
+    @property
+    def full(self) -> bool:
+        """As many tokens as it may have were chosen."""
+        return self.chosen >= self.request.params.max_new_tokens
+
+
+class _Block(NamedTuple):
+    """Tokens on their way to the host: int64 (tokens, rows), when they are there, and the rows they are of."""
+
+    tokens: Tensor
+    arrived: torch.cuda.Event | None
+    rows: list[_Row]
+
+    @staticmethod
+    def of(tokens: Tensor, rows: Sequence[_Row]) -> _Block:
+        """Send them, without waiting."""
+        if not tokens.is_cuda:
+            return _Block(tokens, None, list(rows))
+        here = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        here.copy_(tokens, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(tokens.device))
+        return _Block(here, arrived, list(rows))
+
+    def wait(self) -> list[list[int]]:
+        """Return the tokens when they are there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        numbers: list[list[int]] = self.tokens.tolist()
+        return numbers
 
 
 class Scheduler:
@@ -82,12 +122,13 @@ class Scheduler:
         self._reader = Reader(model, base, prefill_tokens, cache, self._count_read)
         self._rows: list[_Row] = []
         self._logits: Tensor | None = None  # float32 (rows, vocabulary), after each row's last token
+        self._queued: _Block | None = None  # not looked at yet
         self.on_read: Callable[[int], None] | None = None
 
     @property
     def active(self) -> int:
-        """Rows being decoded."""
-        return len(self._rows)
+        """Completions that have begun and not ended."""
+        return sum(not row.done for row in self._begun())
 
     @property
     def waiting(self) -> int:
@@ -108,11 +149,18 @@ class Scheduler:
         self._read()
         self._place()
         self._stats.prefill_seconds += time.perf_counter() - began
-        if self._rows:
+        if self._rows or self._queued is not None:
             began = time.perf_counter()
             pieces += self._advance()
             self._stats.decode_seconds += time.perf_counter() - began
         return pieces
+
+    def _begun(self) -> list[_Row]:
+        """Return the rows in the decoder, and those that left it before all of their tokens were looked at."""
+        if self._queued is None:
+            return self._rows
+        here = set(self._rows)
+        return self._rows + [row for row in self._queued.rows if row not in here]
 
     def _count_read(self, tokens: int) -> None:
         self._stats.prompt_tokens += tokens
@@ -162,34 +210,76 @@ class Scheduler:
         return _Row(request, sample, request.generator(sample), text, item.scores, seen, ends, state)
 
     def _advance(self) -> list[Piece]:
-        """Choose the next tokens of every row, look at them, and compute the logits of the rows that go on."""
-        rows, logits, groups = self._rows, self._logits, _groups(self._rows)
+        """Choose the next tokens of every row, and look at them: at once, or at those of the step before."""
+        if not self._runs_ahead():
+            pieces = self._look(self._queued)
+            self._queued = None
+            return pieces + self._choose_one() if self._rows else pieces
+        queued, self._queued = self._queued, None
+        if self._rows:
+            self._queued = self._choose_block()
+        return self._look(queued)
+
+    def _runs_ahead(self) -> bool:
+        """Tell whether tokens are chosen before the last ones were looked at: not if a row wants states or scores."""
+        return self._base.device.type == "cuda" and not any(map(_wants_every_step, self._rows))
+
+    def _choose_one(self) -> list[Piece]:
+        """Choose the next token of every row, look at it, and compute the logits of the rows that go on."""
+        rows, logits = list(self._rows), self._logits
         assert logits is not None
-        block = self._block()
-        draws = [[row.random.random() if row.request.params.temperature else 0.0 for row in rows] for _ in range(block)]
-        steps: list[Tensor] = []
-        for index in range(block):
-            steps.append(self._choose(logits, groups, draws[index]))
-            if index + 1 < block:
-                logits = self.decoder.step(steps[-1].clamp(min=0))
-        scores = self._score(logits, steps[-1])  # where they are asked for, a block is one step
-        for index, tokens in enumerate(torch.stack(steps).tolist()):  # the only wait for the device
-            for slot, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-                if row.completion is None and row.error is None:
-                    self._take(row, token, scores.get(slot))
-                    if row.completion is not None and index == block - 1:
-                        self._keep(row, slot)
+        tokens = self._choose(logits, _groups(rows), self._draw(1)[0])
+        scores = self._score(logits, tokens)
+        for slot, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            row.chosen += 1
+            self._take(row, token, scores.get(slot))
+            if row.completion is not None and self._wants_state(row):
+                row.end_state = self.decoder.state(slot)
+            self._keep(row)
         pieces = [piece for piece in map(_tell, rows) if piece is not None]
-        self._go_on(steps[-1])
+        self._go_on(tokens, self._leave(lambda row: row.done))
         return pieces
 
-    def _block(self) -> int:
-        """Return how many tokens to choose before looking at them; states and scores asked for must not run ahead."""
-        if self._base.device.type != "cuda":
-            return 1
-        if any(row.request.keep_state or row.request.params.logprobs is not None for row in self._rows):
-            return 1
-        return min(GPU_BLOCK, max(row.request.params.max_new_tokens - len(row.token_ids) for row in self._rows))
+    def _choose_block(self) -> _Block:
+        """Choose the next few tokens of every row, and compute the logits of the rows that may go on."""
+        rows, logits, groups = list(self._rows), self._logits, _groups(self._rows)
+        assert logits is not None
+        count = min(GPU_BLOCK, max(row.request.params.max_new_tokens - row.chosen for row in rows))
+        steps: list[Tensor] = []
+        for draws in self._draw(count):
+            if steps:
+                logits = self.decoder.step(steps[-1].clamp(min=0))
+            steps.append(self._choose(logits, groups, draws))
+            for slot, row in enumerate(rows):
+                if not row.full:
+                    row.chosen += 1
+                    if row.full and self._wants_state(row):
+                        row.end_state = self.decoder.state(slot)
+        block = _Block.of(torch.stack(steps), rows)
+        self._go_on(steps[-1].clamp(min=0), self._leave(lambda row: row.full))
+        return block
+
+    def _draw(self, count: int) -> list[list[float]]:
+        """Return ``count`` random numbers of every row, 0 for the greedy ones, by number and row."""
+        return [
+            [row.random.random() if row.request.params.temperature else 0.0 for row in self._rows]
+            for _ in range(count)
+        ]  # fmt: skip
+
+    def _look(self, block: _Block | None) -> list[Piece]:
+        """Look at tokens that were queued; rows that end with them leave."""
+        if block is None:
+            return []
+        rows = [(slot, row) for slot, row in enumerate(block.rows) if not row.done]
+        for tokens in block.wait():
+            for slot, row in rows:
+                if not row.done:
+                    self._take(row, tokens[slot], None)
+                    self._keep(row)
+        pieces = [piece for piece in (_tell(row) for _, row in rows) if piece is not None]
+        if any(row.done for row in self._rows):
+            self._narrow(self._leave(lambda row: row.done))
+        return pieces
 
     def _choose(self, logits: Tensor, groups: list[tuple[SamplingParams, list[int]]], draws: Sequence[float]) -> Tensor:
         """Return the next token of each row; rows with one rule are chosen together."""
@@ -251,24 +341,25 @@ class Scheduler:
         scores = row.scores if row.request.params.logprobs is not None else None
         return Completion(text, row.token_ids, reason, scores, row.prompt_scores, prompt_state=row.prompt_state)
 
-    def _keep(self, row: _Row, slot: int) -> None:
+    def _wants_state(self, row: _Row) -> bool:
+        """Tell whether somebody wants the state of a row at its end."""
+        return row.request.keep_state or (self._cache is not None and row.request.state is None)
+
+    def _keep(self, row: _Row) -> None:
         """Give a completion its state, and keep it for prompts that go on from it."""
-        request, completion = row.request, row.completion
-        cached = self._cache is not None and request.state is None and len(row.token_ids) > 1
-        if completion is None or not (request.keep_state or cached):
+        request, completion, state = row.request, row.completion, row.end_state
+        if completion is None or state is None or len(row.token_ids) < row.chosen:
             return
-        state = self.decoder.state(slot)
         if request.keep_state:
             row.completion = dataclasses.replace(completion, state=state)
-        if cached and self._cache is not None:
+        if self._cache is not None and request.state is None and len(row.token_ids) > 1:
             self._cache.add([*request.ids, *row.token_ids[:-1]], state)
 
-    def _leave(self) -> list[int]:
-        """Let rows that are done leave, the last rows taking their slots; return who stays, in the new order."""
+    def _leave(self, leaves: Callable[[_Row], bool]) -> list[int]:
+        """Let rows leave, the last rows taking their slots; return who stays, in the new order."""
         order = list(range(len(self._rows)))
         for slot in reversed(range(len(self._rows))):
-            row = self._rows[slot]
-            if row.completion is None and row.error is None:
+            if not leaves(self._rows[slot]):
                 continue
             last_row, last = self._rows.pop(), order.pop()
             if slot < len(self._rows):
@@ -276,12 +367,17 @@ class Scheduler:
                 self._rows[slot], order[slot] = last_row, last
         return order
 
-    def _go_on(self, tokens: Tensor) -> None:
-        """Let rows that are done leave, and feed the others their tokens."""
-        order = self._leave()
+    def _go_on(self, tokens: Tensor, order: list[int]) -> None:
+        """Feed the rows that stayed their tokens."""
         if len(order) < len(tokens):
             tokens = tokens[torch.tensor(order, dtype=torch.int64, device=tokens.device)]
         self._logits = self.decoder.step(tokens) if self._rows else None
+
+    def _narrow(self, order: list[int]) -> None:
+        """Forget the logits of the rows that left."""
+        assert self._logits is not None
+        index = torch.tensor(order, dtype=torch.int64, device=self._logits.device)
+        self._logits = self._logits[index] if self._rows else None
 
     def _drop_cancelled(self) -> list[Piece]:
         """Return the last pieces of what the caller gave up, and forget it."""
@@ -289,15 +385,17 @@ class Scheduler:
         for request, begun in self._reader.drop_cancelled():
             completion = Completion("", [], "cancelled")
             pieces += [Piece(request.number, n, "", [], None, completion) for n in range(begun, request.params.n)]
-        cancelled = [row for row in self._rows if row.request.cancelled]
-        if cancelled:
-            assert self._logits is not None
-            for row in cancelled:
-                row.completion = self._complete(row, "cancelled")
-            pieces += [piece for piece in map(_tell, cancelled) if piece is not None]
-            order = torch.tensor(self._leave(), dtype=torch.int64, device=self._logits.device)
-            self._logits = self._logits[order] if self._rows else None
+        cancelled = [row for row in self._begun() if row.request.cancelled and not row.done]
+        for row in cancelled:
+            row.completion = self._complete(row, "cancelled")
+        pieces += [piece for piece in map(_tell, cancelled) if piece is not None]
+        if any(row.done for row in self._rows):
+            self._narrow(self._leave(lambda row: row.done))
         return pieces
+
+
+def _wants_every_step(row: _Row) -> bool:
+    return row.request.keep_state or row.request.params.logprobs is not None
 
 
 def _groups(rows: Sequence[_Row]) -> list[tuple[SamplingParams, list[int]]]:
@@ -310,8 +408,7 @@ def _groups(rows: Sequence[_Row]) -> list[tuple[SamplingParams, list[int]]]:
 
 def _tell(row: _Row) -> Piece | None:
     """Return what is new of a row, None if that is nothing or nobody listens."""
-    done = row.completion is not None or row.error is not None
-    if not done and not row.request.stream:
+    if not row.done and not row.request.stream:
         return None
     if row.completion is None:
         text = row.text.take() if row.text is not None else ""

@@ -45,7 +45,8 @@ class Watch:
         self._counted = [mixer.A_log for mixer in mixers if not mixer.A_log.is_inference()]
         self._registered = self._read()  # held, so that nothing new is taken for something old
         self._facts = self._look()
-        countable = len(self._counted) == len(mixers)  # parameters made in inference mode do not tell when they change
+        # Parameters made in inference mode do not tell when they change; on a GPU a step reads them afresh.
+        countable = all(m.A_log.device.type != "cpu" or not m.A_log.is_inference() for m in mixers)
         own = base.adapter is None and all(map(_is_ours, self._classes)) and not self._has_foreign_code()
         self.plain = own and countable
 

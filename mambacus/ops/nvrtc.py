@@ -25,6 +25,7 @@ from mambacus.runtime.errors import UserError
 
 _log = logging.getLogger(__name__)
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as ``common.cuh`` numbers them
@@ -168,13 +169,13 @@ class Program:
     macros: tuple[str, ...]
     device: int
 
-    def kernel(self, name: str, shared_bytes: int = 0) -> Kernel:
+    def kernel(self, name: str, shared_bytes: int = 0, *, overlaps: bool = False) -> Kernel:
         """Return a kernel ready to launch; compiles on the first call.
 
         Raises:
             CompileError: the compiler's log.
         """
-        return _load(self, name, shared_bytes)
+        return _load(self, name, shared_bytes, overlaps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +190,7 @@ class Launch:
         struct: type of the argument.
         template: the argument without addresses.
         shared_bytes: dynamic shared memory of a block.
+        overlaps: the kernel waits itself for what the kernel before it wrote, and may start when that one lets it.
     """
 
     program: Program
@@ -198,14 +200,15 @@ class Launch:
     struct: type[ctypes.Structure]
     template: bytes
     shared_bytes: int = 0
+    overlaps: bool = False
 
     @staticmethod
     def of(
         program: Program, kernel: str, grid: tuple[int, int, int], threads: int, struct: type[ctypes.Structure],
-        numbers: Mapping[str, float], shared_bytes: int = 0,
+        numbers: Mapping[str, float], shared_bytes: int = 0, *, overlaps: bool = False,
     ) -> Launch:  # fmt: skip
         """Make one; ``numbers`` are the fields that are no addresses."""
-        return Launch(program, kernel, grid, threads, struct, bytes(struct(**numbers)), shared_bytes)
+        return Launch(program, kernel, grid, threads, struct, bytes(struct(**numbers)), shared_bytes, overlaps)
 
     def __call__(self, **tensors: Tensor | None) -> None:
         """Launch; None for tensors that the kernel will not read."""
@@ -213,7 +216,7 @@ class Launch:
         for name, tensor in tensors.items():
             if tensor is not None:
                 setattr(arguments, name, tensor.data_ptr())
-        self.program.kernel(self.kernel, self.shared_bytes)(self.grid, self.threads, arguments)
+        self.program.kernel(self.kernel, self.shared_bytes, overlaps=self.overlaps)(self.grid, self.threads, arguments)
 
 
 def macros(**values: float) -> tuple[str, ...]:
@@ -228,19 +231,41 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     return torch.cuda.device(device)
 
 
+class _Attribute(ctypes.Structure):
+    """The driver's ``CUlaunchAttribute`` with a number for its value."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _Config(ctypes.Structure):
+    """The driver's ``CUlaunchConfig``."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
 class Kernel:
     """A loaded kernel with one struct argument."""
 
-    def __init__(self, function: ctypes.c_void_p, shared_bytes: int, device: int) -> None:
+    def __init__(self, function: ctypes.c_void_p, shared_bytes: int, device: int, overlaps: bool) -> None:
         self._function = function
         self._shared_bytes = shared_bytes
         self._device = device
+        # Older GPUs start no kernel before the one before it has ended.
+        self._overlaps = overlaps and torch.cuda.get_device_capability(device) >= (9, 0)
 
     def __call__(self, grid: tuple[int, int, int], threads: int, arguments: ctypes.Structure) -> None:
         """Launch on torch's current stream of the device."""
         _use_primary_context(self._device)
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        if self._overlaps:
+            attribute = _Attribute(id=_PROGRAMMATIC_SERIALIZATION, value=1)
+            config = _Config(grid, (threads, 1, 1), self._shared_bytes, stream, ctypes.pointer(attribute), 1)
+            _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "launch")
+            return
         _check(
             _driver().cuLaunchKernel(
                 self._function, *grid, threads, 1, 1, self._shared_bytes, ctypes.c_void_p(stream), pointers, None
@@ -275,12 +300,12 @@ def _module(program: Program) -> ctypes.c_void_p:
 
 
 @functools.cache
-def _load(program: Program, name: str, shared_bytes: int) -> Kernel:
+def _load(program: Program, name: str, shared_bytes: int, overlaps: bool) -> Kernel:
     function = ctypes.c_void_p()
     _check(_driver().cuModuleGetFunction(ctypes.byref(function), _module(program), name.encode()), f"kernel {name}")
     if shared_bytes > 48 * 1024:
         _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_SIZE, shared_bytes), "shared memory")
-    return Kernel(function, shared_bytes, program.device)
+    return Kernel(function, shared_bytes, program.device, overlaps)
 
 
 def _cache_folder() -> Path:

@@ -172,6 +172,17 @@ def test_two_runs_of_an_engine_see_new_numbers_between_them(model: MambaLM, weig
         assert found[-1] != found[-2]
 
 
+def test_on_a_gpu_numbers_need_no_watch(model: MambaLM) -> None:
+    with torch.inference_mode():
+        made_here = MambaLM(model.config)
+    assert not Watch(made_here).plain
+    with torch.inference_mode():
+        elsewhere = made_here.to("meta")  # not a CPU, as a GPU
+    assert elsewhere.backbone.layers[0].mixer.A_log.is_inference()
+    watch = Watch(elsewhere)
+    assert watch.plain and watch.unchanged()
+
+
 def test_what_cannot_be_watched_is_stepped_freely(model: MambaLM) -> None:
     with torch.inference_mode():
         made_here = MambaLM(model.config)

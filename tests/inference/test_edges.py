@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from itertools import chain
+from string import ascii_letters
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from scipy.stats import chisquare
 
 from mambacus.inference import Completion, Engine, Piece, SamplingParams
 from mambacus.inference.sampling import choose_tokens
-from mambacus.inference.scheduler import Scheduler
+from mambacus.inference.scheduler import Scheduler, _wants_every_step
 from mambacus.models import MambaLM
 from mambacus.runtime.errors import UserError
 
@@ -143,13 +145,78 @@ def test_looking_at_tokens_in_blocks_changes_nothing(
         )
         for i in range(9)
     ]  # fmt: skip
+    params += [SamplingParams(max_new_tokens=9, logprobs=1), SamplingParams(max_new_tokens=1, logprobs=0)]
+    params.append(SamplingParams(max_new_tokens=40, temperature=1.0, stop=list(ascii_letters), n=3))
+    texts += ["scored", "scored too", "stopped"]
     expected = Engine(model, tokenizer, batch_size=4).generate(texts, params)
+    run_ahead(monkeypatch)
+    for batch_size in (3, 4):
+        engine = Engine(model, tokenizer, batch_size=batch_size)
+        for found, wanted in zip(chain(*engine.generate(texts, params)), chain(*expected), strict=True):
+            assert (found.text, found.token_ids) == (wanted.text, wanted.token_ids)
+            assert found.finish_reason == wanted.finish_reason
+            scores = [[score.token_id for score in one.logprobs or []] for one in (found, wanted)]
+            assert scores[0] == scores[1]
+        assert engine.stats.generated_tokens == sum(len(one.token_ids) for one in chain(*expected))
+    assert {one.finish_reason for one in chain(*expected)} == {"length", "stop", "eos"}
 
-    def block(self: Scheduler) -> int:
-        return min(8, max(row.request.params.max_new_tokens - len(row.token_ids) for row in self._rows))
 
-    monkeypatch.setattr(Scheduler, "_block", block)
-    assert Engine(model, tokenizer, batch_size=4).generate(texts, params) == expected
+def run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let schedulers queue tokens on a CPU as on a GPU."""
+    monkeypatch.setattr(Scheduler, "_runs_ahead", lambda self: not any(map(_wants_every_step, self._rows)))
+
+
+def test_a_row_that_ends_is_not_looked_at_again(
+    model: MambaLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ahead(monkeypatch)
+    engine = Engine(model, tokenizer, batch_size=3, prefix_cache_bytes=1 << 22)
+    scheduler = engine.scheduler()
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    requests = engine.requests(["abc", "defg", "hi", "jk"], params, stream=True)
+    for request in requests:
+        scheduler.submit(request)
+    pieces = run(scheduler, 2)
+    assert {(piece.prompt, len(piece.token_ids)) for piece in pieces} == {(0, 8), (1, 8), (2, 8)}
+    requests[1].cancelled = True  # with eight more tokens queued
+    pieces += run(scheduler)
+    assert scheduler.active == 3  # two of them, and the one that waited
+    requests[0].cancelled = True  # all of its tokens are queued
+    pieces += run(scheduler, 10)
+    assert not scheduler.active and not scheduler.waiting
+    ends = {piece.prompt: piece.completion for piece in pieces if piece.completion is not None}
+    assert len([piece for piece in pieces if piece.completion is not None]) == 4
+    assert [(ends[i].finish_reason, len(ends[i].token_ids)) for i in range(4)] == [
+        ("cancelled", 16), ("cancelled", 8), ("length", 20), ("length", 20),
+    ]  # fmt: skip
+    for number, text in enumerate(("abc", "defg", "hi", "jk")):
+        expected = Engine(model, tokenizer).generate([text], params)[0][0].token_ids
+        found = [token for piece in pieces if piece.prompt == number for token in piece.token_ids]
+        assert found == ends[number].token_ids == expected[: len(found)]
+    # a completion of full length is remembered for prompts that go on from it
+    before = engine.stats.prompt_tokens
+    again = [*tokenizer("hi")["input_ids"], *ends[2].token_ids, 65]
+    [[more]] = engine.generate([again], params)
+    assert engine.stats.prompt_tokens - before == 2
+    assert more.token_ids == Engine(model, tokenizer).generate([again], params)[0][0].token_ids
+
+
+def test_states_wanted_stop_the_running_ahead(model: MambaLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_ahead(monkeypatch)
+    engine = Engine(model, tokenizer, batch_size=3)
+    scheduler = engine.scheduler()
+    scheduler.submit(engine.requests(["abc"], SamplingParams(max_new_tokens=30, ignore_eos=True))[0])
+    pieces = run(scheduler)
+    [kept] = engine.requests(["de"], SamplingParams(max_new_tokens=5, ignore_eos=True), keep_state=True)
+    kept.number = 1
+    scheduler.submit(kept)
+    pieces += run(scheduler, 30)
+    ends = {piece.prompt: piece.completion for piece in pieces}
+    for number, (text, count) in enumerate((("abc", 30), ("de", 5))):
+        params = SamplingParams(max_new_tokens=count, ignore_eos=True)
+        assert ends[number].token_ids == Engine(model, tokenizer).generate([text], params)[0][0].token_ids
+    assert ends[1].state.tokens.item() == 2 + 4
+    assert not scheduler.active
 
 
 # Prompts

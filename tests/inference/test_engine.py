@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,9 @@ def test_samples_depend_on_seed_prompt_and_number_only(model: MambaLM, tokenizer
         again = Engine(model, tokenizer, **limits).generate(texts, params)
         assert again == [together[TEXTS.index(text)] for text in texts]
     assert all(len({c.text for c in completions}) == 5 for completions in together)
-    fewer = Engine(model, tokenizer).generate(TEXTS[:2], SamplingParams(**{**vars(params), "n": 2}))
+    fewer = Engine(model, tokenizer).generate(TEXTS[:2], dataclasses.replace(params, n=2))
     assert fewer == [completions[:2] for completions in together[:2]]
-    other = Engine(model, tokenizer).generate(TEXTS[:1], SamplingParams(**{**vars(params), "seed": 8}))
+    other = Engine(model, tokenizer).generate(TEXTS[:1], dataclasses.replace(params, seed=8))
     assert other[0] != together[0]
 
 

@@ -145,6 +145,27 @@ static void mma(float (&d)[4], float a0, float a1, float a2, float a3, float b0,
   emulator::stop(emulator::RECEIVED);
 }
 
+// mma.sync.m16n8k16 of bfloat16: the same with two elements in each word.
+static void mma_bf16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  const int here = threadIdx.x, warp = here / 32 * 32, group = here % 32 / 4, place = here % 4;
+  const unsigned own[6] = {a0, a1, a2, a3, b0, b1};
+  memcpy(&emulator::slots[6 * here], own, sizeof own);
+  emulator::stop(emulator::SENT);
+  const auto element = [](int lane, int word, int half) {
+    unsigned bits;
+    memcpy(&bits, &emulator::slots[6 * lane + word], 4);
+    return __uint_as_float(half ? bits & 0xffff0000u : bits << 16);
+  };
+  for (int row = 0; row < 2; row++)
+    for (int column = 0; column < 2; column++)
+      for (int k = 0; k < 16; k++) {
+        const int owner = k % 8 / 2, half = k % 2;
+        d[2 * row + column] += element(warp + 4 * group + owner, row + k / 8 * 2, half) *
+                               element(warp + 4 * (2 * place + column) + owner, 4 + k / 8, half);
+      }
+  emulator::stop(emulator::RECEIVED);
+}
+
 static void __syncthreads() { emulator::stop(emulator::BARRIER); }
 static float __shfl_xor_sync(unsigned, float value, int mask) {
   const int here = threadIdx.x;

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from mambacus.ops.causal_conv1d.reference import causal_conv1d_ref
+from mambacus.ops.decode_step import LayerWeights, StepWeights
+from mambacus.ops.decode_step.reference import decode_step_ref
 from mambacus.ops.selective_scan.reference import selective_scan_ref
 
 SCAN_NAMES = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
@@ -248,3 +250,69 @@ def _compare(run: Callable[[], dict[str, Tensor]], truth: dict[str, Tensor], inp
             assert got[name].numel() == 0, name
         else:
             assert got[name].dtype == given.dtype, name
+
+
+def step_weights(
+    d_model: int = 64, d_state: int = 16, dt_rank: int = 8, vocabulary: int = 70, n_layer: int = 2, *,
+    conv_bias: bool = True, device: str = "cpu",
+) -> StepWeights:  # fmt: skip
+    """Random bfloat16 weights of a model, of sizes that neither vanish nor explode over the layers."""
+    g = torch.Generator().manual_seed(d_model + d_state + dt_rank)
+    d_inner = 2 * d_model
+
+    def matrix(outputs: int, inputs: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return (torch.randn(outputs, inputs, generator=g) / inputs**0.5).to(device, dtype)
+
+    def vector(size: int, mean: float, deviation: float, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return (mean + deviation * torch.randn(size, generator=g)).to(device, dtype)
+
+    layers = tuple(
+        LayerWeights(
+            norm=vector(d_model, 1, 0.1), in_proj=matrix(2 * d_inner, d_model), conv_weight=matrix(d_inner, 4),
+            conv_bias=vector(d_inner, 0, 0.1) if conv_bias else None, x_proj=matrix(dt_rank + 2 * d_state, d_inner),
+            dt_proj=matrix(d_inner, dt_rank), dt_bias=vector(d_inner, -1, 1, torch.float32),
+            A_log=torch.log(4 * torch.rand(d_inner, d_state, generator=g) + 0.1).to(device),
+            D=vector(d_inner, 1, 0.1, torch.float32), out_proj=matrix(d_model, d_inner),
+        )
+        for _ in range(n_layer)
+    )  # fmt: skip
+    embedding = vector(vocabulary * d_model, 0, 1).view(vocabulary, d_model)
+    return StepWeights(embedding, layers, vector(d_model, 1, 0.1), matrix(vocabulary, d_model), 1e-5)
+
+
+def in_float64(weights: StepWeights) -> StepWeights:
+    """The same numbers in float64."""
+    layers = tuple(LayerWeights(*(None if t is None else t.double() for t in layer)) for layer in weights.layers)
+    embedding, norm_f, head = (t.double() for t in (weights.embedding, weights.norm_f, weights.head))
+    return StepWeights(embedding, layers, norm_f, head, weights.eps)
+
+
+def hold_step(function: Callable[..., Tensor], weights: StepWeights, batch: int, capacity: int | None = None) -> None:
+    """Compare a function with the signature of ``decode_step`` with the reference in float64.
+
+    Its errors may be at most 1.5 times those of the reference in bfloat16. The states are the first rows of memory for
+    ``capacity`` rows, as a decoder's are, and no other row may change.
+    """
+    device, layers = weights.embedding.device, len(weights.layers)
+    d_inner, d_state = weights.layers[0].A_log.shape
+    capacity = capacity or batch + 1
+    g = torch.Generator().manual_seed(batch)
+    conv = torch.randn(layers, capacity, d_inner, 4, generator=g).to(device, torch.bfloat16)
+    ssm = torch.randn(layers, capacity, d_inner, d_state, generator=g).to(device)
+    tokens = torch.randint(weights.embedding.shape[0], (batch,), generator=g).to(device)
+    want = decode_step_ref(in_float64(weights), tokens, conv[:, :batch].double(), ssm[:, :batch].double())
+    plain = decode_step_ref(weights, tokens, conv[:, :batch], ssm[:, :batch])
+    results = []
+    for _ in range(2):
+        new_conv, new_ssm, counts = conv.clone(), ssm.clone(), torch.arange(capacity, device=device)
+        with poisoned_memory():
+            logits = function(weights, tokens, new_conv[:, :batch], new_ssm[:, :batch], counts[:batch])
+        results.append((logits, new_conv, new_ssm, counts))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert logits.dtype == torch.float32 and logits.shape == (batch, weights.head.shape[0])
+    assert torch.equal(counts, torch.arange(capacity, device=device) + (torch.arange(capacity, device=device) < batch))
+    assert torch.equal(new_conv[:, batch:], conv[:, batch:]) and torch.equal(new_ssm[:, batch:], ssm[:, batch:])
+    got = (logits, new_conv[:, :batch], new_ssm[:, :batch])
+    for name, ours, reference, exact in zip(("logits", "conv_state", "ssm_state"), got, plain, want, strict=True):
+        error, bound = ((t.double() - exact).norm() / exact.norm() for t in (ours, reference))
+        assert error <= 1.5 * bound, (name, error, bound)

@@ -80,5 +80,8 @@ def test_update() -> None:
 
     x, state, weight, bias = torch.randn(3, 20), torch.randn(3, 20, 4), torch.randn(20, 4), torch.randn(20)
     want = causal_conv1d_update_ref(x, state, weight, bias)
-    for a, b in zip(gpu_triton.update(x, state, weight, bias, True), want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for out in (None, state.clone(), torch.empty(3, 4, 20).mT):
+        for a, b in zip(gpu_triton.update(x, state, weight, bias, True, out), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    gpu_triton.update(x, state, weight, bias, True, state)
+    torch.testing.assert_close(state, want[1], rtol=1e-5, atol=1e-5)

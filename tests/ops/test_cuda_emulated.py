@@ -25,7 +25,9 @@ from kernel_checks import (
     hold_linear_cross_entropy,
     hold_norm,
     hold_scan,
+    hold_step,
     scan_inputs,
+    step_weights,
 )
 from torch import Tensor
 
@@ -33,6 +35,8 @@ from mambacus.ops import nvrtc
 from mambacus.ops.causal_conv1d import gpu_cuda as conv
 from mambacus.ops.cross_entropy import gpu as loss
 from mambacus.ops.cross_entropy import interface
+from mambacus.ops.decode_step import StepWeights
+from mambacus.ops.decode_step import gpu as step
 from mambacus.ops.linear import dropout
 from mambacus.ops.rms_norm import gpu as norm
 from mambacus.ops.selective_scan import gpu_cuda as scan
@@ -44,6 +48,15 @@ INSTRUCTIONS = {  # of the GPU, and what they do
     "cvt.rn.f16x2.f32": "word = narrow_f16(low) | (unsigned)narrow_f16(high) << 16;",
     "cvt.rn.bf16x2.f32": "word = narrow_bf16(low) | (unsigned)narrow_bf16(high) << 16;",
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32": "mma(d, a[0], a[1], a[2], a[3], b0, b1);",
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": "mma_bf16(d, a0, a1, a2, a3, b0, b1);",
+    "ld.global.nc.L1::no_allocate.v4.u32": "w = *(const Words*)place;",
+    "ld.global.cg.v4.u32": "w = *(const Words*)place;",
+    "ld.global.cg.f32": "value = *place;",
+    "ld.global.cg.u32": "word = *(const unsigned*)place;",
+    "ld.global.cg.u16": "bits = *(const unsigned short*)place;",
+    "griddepcontrol.launch_dependents": "",
+    "griddepcontrol.wait": "",
+    "cp.async.bulk.prefetch.L2.global": "",
     "ex2.approx.ftz.f32": "y = exp2f(x);",
     "rcp.approx.ftz.f32": "y = 1.0f / x;",
 }
@@ -52,8 +65,8 @@ INSTRUCTIONS = {  # of the GPU, and what they do
 def translate(source: str) -> str:
     """Return C++ for g++: GPU instructions replaced, and a ``launch_`` function added for each kernel."""
     for instruction, code in INSTRUCTIONS.items():
-        source = re.sub(rf'asm\("{re.escape(instruction)}[^;]*;"[^;]*;', code, source)
-    assert "asm(" not in source
+        source = re.sub(rf'asm( volatile)?\("{re.escape(instruction)}[^;]*;"[^;]*;', code, source)
+    assert not re.search(r"\basm\b", source)
     source = source.replace(
         "extern __shared__ __align__(16) float memory[];", "float* memory = (float*)dynamic_memory;"
     )
@@ -85,7 +98,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[nvrtc.Program],
 
 @pytest.fixture(autouse=True)
 def _emulated(build: Callable[[nvrtc.Program], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernel(program: nvrtc.Program, name: str, shared_bytes: int = 0) -> Callable[..., None]:
+    def kernel(
+        program: nvrtc.Program, name: str, shared_bytes: int = 0, *, overlaps: bool = False
+    ) -> Callable[..., None]:
         function = getattr(build(program), f"launch_{name}")
         return lambda grid, threads, arguments: function(ctypes.byref(arguments), *grid, threads, shared_bytes)
 
@@ -211,6 +226,60 @@ def test_linear_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     hold_linear_cross_entropy(interface.linear_cross_entropy, torch.float32)
 
 
+def run_few(weights: StepWeights, tokens: Tensor, *states: Tensor) -> Tensor:
+    return step.few(weights, step.Shape.of(weights, len(tokens)), tokens, *states)
+
+
+def run_many(weights: StepWeights, tokens: Tensor, *states: Tensor) -> Tensor:
+    conv_state, ssm_state, counts = states
+    counts.add_(1)
+    return step.many(weights, step.Shape.of(weights, len(tokens)), tokens, conv_state, ssm_state)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8, 11, 20, 32])
+def test_step_of_few_rows(batch: int) -> None:
+    hold_step(run_few, step_weights(), batch)
+
+
+def test_step_with_more_rows_in_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "_THREADS_AT_ONCE", 0)
+    hold_step(run_few, step_weights(), 13)  # no other test's number: launches are kept
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"d_model": 160, "dt_rank": 40, "vocabulary": 17},
+        {"d_model": 352, "n_layer": 1},
+        {"d_model": 32, "d_state": 8, "conv_bias": False},
+        {"d_model": 32, "d_state": 64, "dt_rank": 16},
+    ],
+    ids=str,
+)
+def test_step_shapes(sizes: dict[str, Any]) -> None:
+    hold_step(run_few, step_weights(**sizes), 2)
+    hold_step(run_few, step_weights(**sizes), 9)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"d_state": 8, "conv_bias": False}], ids=str)
+def test_step_of_many_rows(sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "_float32_product", lambda x, weight: x.float() @ weight.float().t())
+    hold_step(run_many, step_weights(**sizes), 13)
+
+
+@pytest.mark.parametrize("kind", ["in", "out", "head"])
+def test_prefetch_stays_within_the_next_weight(kind: str) -> None:
+    for d_model, vocabulary in ((160, 17), (768, 50280), (2048, 50280), (2560, 50288)):
+        shape = step.Shape(d_model, 2 * d_model, 16, 160, vocabulary, True, 1, 0)
+        nexts = [2 * 2 * d_model * d_model] if kind == "in" else [2 * 4 * d_model * d_model, 2 * vocabulary * d_model]
+        for blocks in (1, 7, 128, 3143):
+            share, ahead = step.prefetched(kind, shape, blocks)
+            assert share % 16 == ahead % 16 == 0 and 0 <= ahead <= share
+            assert blocks * share <= min(nexts) and blocks * ahead <= step.AHEAD[kind]
+    share, ahead = step.prefetched("in", step.Shape(2048, 4096, 16, 128, 50280, True, 1, 0), 256)
+    assert share == ahead == 65536  # all of out_proj
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((9, 64), torch.bfloat16), ((5, 13), torch.float32), ((300, 8), torch.float16)], ids=str
 )
@@ -223,7 +292,7 @@ def test_dropout(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 def test_arguments_match_the_source() -> None:
     """ctypes lays the struct out as the C++ one: same names in the same order."""
-    for module in (scan, conv, norm, loss, dropout):
+    for module in (scan, conv, norm, loss, dropout, step):
         path = module._SOURCE
         body = re.search(r"struct Args \{(.*?)\n\};", path.read_text(), re.S)
         assert body is not None

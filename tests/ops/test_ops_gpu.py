@@ -16,16 +16,20 @@ from kernel_checks import (
     hold_linear_cross_entropy,
     hold_norm,
     hold_scan,
+    hold_step,
     scan_inputs,
+    step_weights,
 )
 
 from mambacus.models import MambaConfig, MambaLM
 from mambacus.ops import add_rms_norm, causal_conv1d, linear, linear_cross_entropy, rms_norm, selective_scan, twins
 from mambacus.ops.causal_conv1d.reference import causal_conv1d_update_ref
+from mambacus.ops.decode_step import decode_step
 from mambacus.ops.linear import gpu as linear_gpu
 from mambacus.ops.linear.dropout import drop
 from mambacus.ops.linear.gpu import lora_linear
 from mambacus.ops.selective_scan.reference import selective_state_update_ref
+from mambacus.runtime.errors import UserError
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -119,10 +123,19 @@ def test_updates(dtype: torch.dtype) -> None:
     want = selective_state_update_ref(*order, delta_bias=one["delta_bias"])
     for a, b in zip(scan.update(*order, one["delta_bias"], True), want, strict=True):
         torch.testing.assert_close(a, b)
+    state = order[0].clone()
+    for a, b in zip(scan.update(state, *order[1:], one["delta_bias"], True, state), want, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(state, want[1])
     conved = conv_inputs((3, 1, 100, 4), dtype, device="cuda")
     given = (conved["x"][:, 0], conved["initial_state"], conved["weight"], conved["bias"])
-    for a, b in zip(conv.update(*given, True), causal_conv1d_update_ref(*given), strict=True):
+    want = causal_conv1d_update_ref(*given)
+    for a, b in zip(conv.update(*given, True), want, strict=True):
         torch.testing.assert_close(a, b)
+    state = given[1].clone()
+    for a, b in zip(conv.update(given[0], state, *given[2:], True, state), want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(state, want[1])
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -193,6 +206,35 @@ def test_public_functions_under_autograd() -> None:
         grads.append(torch.autograd.grad(mixed.square().sum() + state.square().sum(), list(leaves.values())))
     for a, b in zip(*grads, strict=True):
         assert (a - b).norm() < 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("batch", [1, 7, 8, 16, 23, 32, 33, 48, 64, 130])
+def test_fused_step(batch: int) -> None:
+    hold_step(functools.partial(decode_step, backend="cuda"), step_weights(device="cuda"), batch)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"d_model": 768, "dt_rank": 48, "vocabulary": 50280, "n_layer": 3},
+        {"d_model": 2048, "dt_rank": 128, "vocabulary": 1001, "n_layer": 3},
+        {"d_model": 160, "dt_rank": 40, "vocabulary": 17},
+        {"d_model": 352, "n_layer": 1},
+        {"d_model": 32, "d_state": 8, "conv_bias": False},
+        {"d_model": 32, "d_state": 64, "dt_rank": 16},
+    ],
+    ids=str,
+)
+def test_fused_step_shapes(sizes: dict[str, Any]) -> None:
+    for batch in (1, 5, 12, 30, 70):
+        hold_step(functools.partial(decode_step, backend="cuda"), step_weights(**sizes, device="cuda"), batch)
+
+
+def test_fused_step_says_what_it_cannot_take() -> None:
+    with pytest.raises(UserError, match="they take 8, 16, 32, 64 states, got 4"):
+        weights = step_weights(d_state=4, device="cuda")
+        tokens = torch.zeros(1, dtype=torch.int64, device="cuda")
+        decode_step(weights, tokens, tokens, tokens, tokens, backend="cuda")
 
 
 @pytest.mark.parametrize("rows", [(50,), (3, 40)], ids=str)

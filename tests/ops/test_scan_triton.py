@@ -93,5 +93,8 @@ def test_update() -> None:
     one = {k: v[:, 0] if k in ("x", "delta", "B", "C", "z") else v for k, v in inputs.items()}
     order = (one["initial_state"], *(one[k] for k in SCAN_NAMES[:7]))
     want = selective_state_update_ref(*order, delta_bias=one["delta_bias"])
-    for a, b in zip(gpu_triton.update(*order, one["delta_bias"], True), want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for out in (None, order[0].clone(), torch.empty(2, 5, 37).mT):
+        for a, b in zip(gpu_triton.update(*order, one["delta_bias"], True, out), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    gpu_triton.update(*order, one["delta_bias"], True, order[0])
+    torch.testing.assert_close(order[0], want[1], rtol=1e-5, atol=1e-5)

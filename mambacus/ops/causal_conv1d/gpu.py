@@ -70,11 +70,13 @@ def backward(
     return grad_x, grad_weight.to(weight.dtype), no_bias if bias is None else grad_bias.to(bias.dtype), grad_state
 
 
-def update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
-    """Run the kernel behind ``mambacus::causal_conv1d_update``."""
+def update(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel behind ``mambacus::causal_conv1d_update``; the new state goes to ``out``, if given."""
     from mambacus.ops.causal_conv1d import gpu_triton  # needs Triton
 
-    return gpu_triton.update(x, conv_state, weight, bias, silu)
+    return gpu_triton.update(x, conv_state, weight, bias, silu, out)
 
 
 def conv(

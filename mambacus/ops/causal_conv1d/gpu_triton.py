@@ -109,15 +109,20 @@ def backward(
     )
 
 
-def update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
-    """Run the kernel behind ``mambacus::causal_conv1d_update``."""
+def update(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel behind ``mambacus::causal_conv1d_update``; the new state goes to ``out``, if given.
+
+    A thread reads each tap before it writes it, so ``out`` may be ``conv_state``.
+    """
     batch, d_inner = x.shape
     x = _channels_last(x)
     y = x.new_empty(batch, d_inner)
-    new_state = x.new_empty(conv_state.shape)
+    new_state = out if out is not None and out.is_contiguous() else x.new_empty(conv_state.shape)
     with _on(x.device):
         kernels.conv_update[(triton.cdiv(d_inner, _BLOCK), batch)](
             x, conv_state, weight.contiguous(), _contiguous(bias), y, new_state, d_inner, x.stride(0),
             *conv_state.stride(), HAS_BIAS=bias is not None, SILU=silu, WIDTH=weight.shape[1], BLOCK=_BLOCK,
         )  # fmt: skip
-    return y, new_state
+    return y, new_state if out is None or out is new_state else out.copy_(new_state)

@@ -140,9 +140,8 @@ def causal_conv1d_update(
     if out is not None and runs_eagerly_on_cpu(x):
         return _kernels("cpu").update(x, conv_state, weight, bias, silu, out)
     if runs_eagerly_on_gpu(x):
-        y, state = _kernels("cuda").update(x, conv_state, weight, bias, silu)
-    else:
-        y, state = torch.ops.mambacus.causal_conv1d_update(x, conv_state, weight, bias, silu)
+        return _kernels("cuda").update(x, conv_state, weight, bias, silu, out)
+    y, state = torch.ops.mambacus.causal_conv1d_update(x, conv_state, weight, bias, silu)
     return y, state if out is None else out.copy_(state)
 
 

@@ -17,6 +17,10 @@ MAX_WIDTH = 8192
 _GROUP = 4  # elements of a row moved at once
 _WARPS = 8  # of a block
 _WARP_ELEMENTS = 1024  # at most so many elements of a row for a warp
+_FEW_ELEMENTS = 128  # and for few rows
+_FEW_ROWS = (
+    1056  # up to as many rows as an H100 runs blocks at once, all warps share a row: few would wait for each load
+)
 _BACKWARD_BLOCKS = 264  # two for each of an H100's multiprocessors: a thread holds sums for all rows it walks through
 _SOURCE = Path(__file__).with_name("norm.cu")
 _Args = nvrtc.struct(
@@ -34,9 +38,9 @@ def obstacle(x: Tensor, *others: Tensor) -> str | None:
     return nvrtc.unavailable()
 
 
-def _row_warps(width: int) -> int:
-    """Return the warps that share a row: a power of two."""
-    return 1 << max(0, (width - 1) // _WARP_ELEMENTS).bit_length()
+def _row_warps(width: int, elements: int = _WARP_ELEMENTS) -> int:
+    """Return the warps that share a row, a power of two: each takes that many elements, if they are enough."""
+    return min(_WARPS, 1 << max(0, (width - 1) // elements).bit_length())
 
 
 class Case(NamedTuple):
@@ -55,10 +59,13 @@ class Case(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _launch(case: Case, kernel: str) -> Launch:
     width = case.weight.shape[0]
-    block_rows = _WARPS // _row_warps(width)
+    row_warps = _row_warps(
+        width, _FEW_ELEMENTS if kernel == "norm_forward" and case.rows <= _FEW_ROWS else _WARP_ELEMENTS
+    )
+    block_rows = _WARPS // row_warps
     group = nvrtc.group_size(_GROUP, case.x, case.added, case.weight, case.y, case.grad_sum)
     macros = nvrtc.macros(
-        WIDTH=width, VEC=group, WARPS=_WARPS, ROW_WARPS=_row_warps(width), X_TYPE=TYPES[case.x.dtype],
+        WIDTH=width, VEC=group, WARPS=_WARPS, ROW_WARPS=row_warps, X_TYPE=TYPES[case.x.dtype],
         ADDED_TYPE=TYPES[(case.added or case.x).dtype], WEIGHT_TYPE=TYPES[case.weight.dtype],
         Y_TYPE=TYPES[case.y.dtype], HAS_ADDED=case.added is not None, HAS_GRAD_SUM=case.grad_sum is not None,
     )  # fmt: skip

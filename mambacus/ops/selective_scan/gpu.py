@@ -114,7 +114,7 @@ def backward(
 
 
 def update(state: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Run the kernel behind ``mambacus::selective_state_update``."""
+    """Run the kernel behind ``mambacus::selective_state_update``; the new state goes to a last argument, if given."""
     from mambacus.ops.selective_scan import gpu_triton  # needs Triton
 
     return gpu_triton.update(state, x, *args)

@@ -306,12 +306,19 @@ def update(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel behind ``mambacus::selective_state_update``."""
+    """Run the kernel behind ``mambacus::selective_state_update``; the new state goes to ``out``, if given.
+
+    A program reads all of its states before it writes one, so ``out`` may be ``state``.
+    """
     batch, d_inner = x.shape
     d_state = A.shape[1]
     y = x.new_empty(batch, d_inner)
-    new_state = state.new_empty(batch, d_inner, d_state, dtype=torch.float32)
+    if out is not None and out.is_contiguous() and out.dtype == torch.float32:
+        new_state = out
+    else:
+        new_state = state.new_empty(batch, d_inner, d_state, dtype=torch.float32)
     states = triton.next_power_of_2(d_state)
     block = max(1, min(32, 2048 // states))
     x, delta, z = _channels_last(x), _channels_last(delta), None if z is None else _channels_last(z)
@@ -323,4 +330,4 @@ def update(
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
             BLOCK=block, STATES=states, num_warps=4,
         )  # fmt: skip
-    return y, new_state
+    return y, new_state if out is None or out is new_state else out.copy_(new_state)

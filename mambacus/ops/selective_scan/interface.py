@@ -191,9 +191,8 @@ def selective_state_update(
     if out is not None and runs_eagerly_on_cpu(x):
         return _kernels("cpu").update(*arguments, out)
     if runs_eagerly_on_gpu(x):
-        y, new_state = _kernels("cuda").update(*arguments)
-    else:
-        y, new_state = torch.ops.mambacus.selective_state_update(*arguments)
+        return _kernels("cuda").update(*arguments, out)
+    y, new_state = torch.ops.mambacus.selective_state_update(*arguments)
     return y, new_state if out is None else out.copy_(new_state)
 
 
