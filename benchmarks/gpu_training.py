@@ -3,9 +3,9 @@
 Run from the repository, all bars in one run: ``PYTHONPATH=. python benchmarks/gpu_training.py --out benchmarks
 graph:130m:8x2048 graph:370m:8x2048 graph:1.4b:4x2048 lora-graph:1.4b:4x2048 lora-graph:2.8b:2x2048
 prefill:1.4b:32x2048``. Training is forward and backward without an optimiser step, float32 weights under bfloat16
-autocast: ``train`` all weights, ``lora`` as ``finetune --method lora`` attaches it, each as it is or (``graph``,
-``lora-graph``) replayed as a CUDA graph; prefill is one pass in bfloat16 with the logits of the last token. Writes one
-JSON record named by date and GPU.
+autocast: ``train`` all weights, ``lora`` as ``finetune --method lora`` attaches it and holds what is frozen
+(`mambacus.tuning.frozen`), each as it is or (``graph``, ``lora-graph``) replayed as a CUDA graph; prefill is one pass
+in bfloat16 with the logits of the last token. Writes one JSON record named by date and GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from mambacus.measuring.timing import captured
 from mambacus.models import load
 from mambacus.runtime.records import Stopwatch, write_record
+from mambacus.tuning import frozen
 from mambacus.tuning.methods import AdapterSettings, find_method
 
 DEVICE = torch.device("cuda")
@@ -34,6 +35,8 @@ def step_of(kind: str, name: str, batch: int, seqlen: int) -> Callable[[], Any]:
     ids = torch.randint(2, 50000, (batch, seqlen), device=DEVICE)
     lora, graph = kind.startswith("lora"), kind.endswith("graph")
     model: Any = find_method("lora").attach(loaded, AdapterSettings(rank=16)) if lora else loaded
+    if frozen.choose(model, DEVICE, torch.bfloat16).used:
+        frozen.FrozenWeights(model).__enter__()  # to the end of the case
     torch.cuda.reset_peak_memory_stats()
 
     def train() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 
@@ -16,6 +17,7 @@ from mambacus.measuring.timing import captured, model_bytes, prompt_ids, train_s
 from mambacus.models import MambaLM, MambaState, load
 from mambacus.models.quantised import quantise
 from mambacus.runtime.device import resolve_dtype
+from mambacus.tuning import frozen
 from mambacus.tuning.methods import AdapterSettings, find_method
 
 READ_BEFORE_DECODING = 16  # a Mamba's state is as large after these tokens as after all of a long context
@@ -30,6 +32,8 @@ class Ours:
         self._ids = prompt_ids(case, model.config.vocab_size, model.device)
         self._state: MambaState | None = None
         self._engine: Engine | None = None
+        self._held = False  # frozen weights in bfloat16
+        self._open = contextlib.ExitStack()  # what stays until this process, which measures one case, ends
 
     def prefill(self) -> Step:
         """Return a pass over the prompt, replayed as a CUDA graph where the case says so."""
@@ -104,6 +108,10 @@ class Ours:
         if self.case.method == "lora":
             model = find_method("lora").attach(self.model, AdapterSettings(rank=16))
         model.train()
+        autocast = torch.bfloat16 if self.case.dtype == "mixed" else None
+        self._held = frozen.choose(model, self.model.device, autocast).used
+        if self._held:
+            self._open.enter_context(frozen.FrozenWeights(model))
 
         def loss() -> Tensor:
             found: Tensor = model(input_ids=self._ids, labels=self._ids, loss_only=True).loss
@@ -117,10 +125,12 @@ class Ours:
         return None if self._state is None else self._state.conv_state.nbytes + self._state.ssm_state.nbytes
 
     def facts(self) -> dict[str, object]:
-        """Return where LoRA sits, and what quantised weights are multiplied with."""
+        """Return where LoRA sits and whether frozen weights are bfloat16; what quantised ones are multiplied with."""
         if self.case.dtype in QUANTISED:
             return {"activations": str(self.model.dtype).removeprefix("torch.")}
-        return {"lora_targets": ["in_proj", "out_proj"]} if self.case.method == "lora" else {}
+        if self.case.method == "lora":
+            return {"lora_targets": ["in_proj", "out_proj"], "frozen_bfloat16": self._held}
+        return {}
 
 
 def make(case: Case) -> Ours:

@@ -61,13 +61,13 @@ class GradientAudit(TrainerCallback):
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         if len(gradients) < len(self.parameters):
             missing = [name for name, parameter in self.parameters.items() if parameter.grad is None]
-            raise TrainingStoppedError(f"step {step}: no gradient reaches {_listed(missing)}: it would never train")
+            raise TrainingStoppedError(f"step {step}: no gradient reaches {listed(missing)}: it would never train")
         norms = torch.stack(torch._foreach_norm([sharding.part(gradient) for gradient in gradients]))
         infinite, nonzero = self._anywhere(~norms.isfinite(), norms != 0)
         broken = [name for name, bad in zip(self.parameters, infinite, strict=True) if bad]
         if broken:
             raise TrainingStoppedError(
-                f"step {step}: the gradient is not finite in {_listed(broken)}; a lower --lr may help"
+                f"step {step}: the gradient is not finite in {listed(broken)}; a lower --lr may help"
             )
         if self._updates > 2:
             return
@@ -78,7 +78,7 @@ class GradientAudit(TrainerCallback):
             if not moves and not (first and self.quiet_first(name))
         ]
         if zero:
-            raise TrainingStoppedError(f"step {step}: the gradient is zero in {_listed(zero)}: it would never train")
+            raise TrainingStoppedError(f"step {step}: the gradient is zero in {listed(zero)}: it would never train")
         if self._updates == 1:
             self._before = self._checksums()
 
@@ -92,7 +92,7 @@ class GradientAudit(TrainerCallback):
         self._before = None
         still = [name for name, changed in zip(self.parameters, moved, strict=True) if not changed]
         if still:
-            raise TrainingStoppedError(f"step {state.global_step + 1}: two updates did not change {_listed(still)}")
+            raise TrainingStoppedError(f"step {state.global_step + 1}: two updates did not change {listed(still)}")
 
     def _checksums(self) -> torch.Tensor:
         """Return the checksum of this process's part of each tensor."""
@@ -134,7 +134,7 @@ class FrozenCheck:
         after = self._checksums(model)
         changed = [name for name, before in self._before.items() if after[name] != before]
         if changed:
-            raise TrainingStoppedError(f"training changed what is frozen: {_listed(changed)}")
+            raise TrainingStoppedError(f"training changed what is frozen: {listed(changed)}")
 
     @staticmethod
     def _checksums(model: nn.Module) -> dict[str, int]:
@@ -194,6 +194,7 @@ def _is_bad(value: Any) -> bool:
     return any(_is_bad(item) for item in vars(value).values()) if hasattr(value, "__dataclass_fields__") else False
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Return the first names and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

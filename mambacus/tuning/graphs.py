@@ -178,6 +178,13 @@ class Passes:
         self.counts["repeated"] += 1
         return recording.loss.clone()
 
+    def release(self) -> None:
+        """Give the recordings' memory back; passes after this are recorded anew."""
+        self._recordings.clear()
+        self._met.clear()
+        self._gradients = []
+        self._forget()
+
     def _takes(self, shape: Shape, begins: bool) -> bool:
         """Return whether a pass of this shape is repeated from a recording, be it one that is yet to be made."""
         recorded = {known for known, _ in self._recordings}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -25,7 +26,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from mambacus.runtime.device import has_bfloat16
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.memory import PeakMemory
-from mambacus.tuning import graphs, processes, sharding
+from mambacus.tuning import frozen, graphs, processes, sharding
 from mambacus.tuning.audit import FrozenCheck, GradientAudit, TrainingStoppedError, first_bad_module, trainable
 from mambacus.tuning.checkpoints import STAGING, newest_checkpoint, read_notes, write_checkpoint
 from mambacus.tuning.packing import PADDING_VALUES, PlannedBatches
@@ -110,7 +111,8 @@ def train(
         resume: continue from the newest whole checkpoint in ``settings.folder``, if there is one.
 
     Returns:
-        ``{"train": {...}, "history": [...], "cuda_graph": {...}}`` as docs/architecture.md lists them.
+        ``{"train": {...}, "history": [...], "cuda_graph": {...}, "frozen_bfloat16": {...}}`` as docs/architecture.md
+        lists them.
 
     Raises:
         TrainingStoppedError: a trainable tensor takes no part, or the loss or a gradient is not finite.
@@ -124,9 +126,9 @@ def train(
     checkpoint = newest_checkpoint(settings.folder / "checkpoints") if resume else None
     earlier = read_notes(checkpoint)["seconds"] if checkpoint else 0.0
     trainer = MambaTrainer(model, data, settings, quiet_first, rate_of, earlier)
-    frozen = FrozenCheck(model)
+    unchanged = FrozenCheck(model)
     trainer.run(checkpoint)
-    frozen.verify(model)
+    unchanged.verify(model)
     history = [
         {key: entry[key] for key in ("step", "loss", "learning_rate", "grad_norm") if key in entry}
         for entry in trainer.state.log_history
@@ -144,7 +146,8 @@ def train(
         "peak_memory_of": memory.of,
         "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
     }
-    return {"train": figures, "history": history, "cuda_graph": trainer.graph_facts()}
+    facts = {"cuda_graph": trainer.graph_facts(), "frozen_bfloat16": trainer.frozen_facts()}
+    return {"train": figures, "history": history} | facts
 
 
 class Learner(nn.Module):
@@ -236,6 +239,8 @@ class MambaTrainer(Trainer):
         self._audit = GradientAudit(model, quiet_first)
         self._graph = graphs.choose(settings.cuda_graph, model, settings.device)
         self._passes: graphs.Passes | None = None
+        self._casts = frozen.choose(model, settings.device, settings.autocast)
+        self._frozen: frozen.FrozenWeights | None = None
         super().__init__(
             model=self.learner,
             args=_arguments(settings, data.plan.steps),
@@ -255,7 +260,14 @@ class MambaTrainer(Trainer):
     def run(self, checkpoint: Path | None) -> None:
         """Train to the end, from ``checkpoint`` if there is one."""
         self._started = time.perf_counter()
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self._casts.used:
+            self._frozen = frozen.FrozenWeights(self.learner.model)
+        with self._frozen or contextlib.nullcontext():
+            try:
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:  # the weights that are put back may need the memory
+                if self._passes is not None:
+                    self._passes.release()
 
     @property
     def seconds(self) -> float:
@@ -343,6 +355,11 @@ class MambaTrainer(Trainer):
         """Return whether passes were recorded, why, and how many, for the record."""
         counts = self._passes.counts if self._passes else {}
         return {"used": self._graph.used, "reason": self._graph.reason} | counts
+
+    def frozen_facts(self) -> dict[str, Any]:
+        """Return whether frozen projections were held in bfloat16, why, and how many, for the record."""
+        facts = self._frozen.facts if self._frozen else {}
+        return {"used": self._casts.used, "reason": self._casts.reason} | facts
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self._checkpoints)

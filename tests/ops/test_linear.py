@@ -278,5 +278,7 @@ def test_on_a_cpu_autocast_is_torchs(monkeypatch):
     assert interface._trains_on_gpu(x, weight)
     assert not interface._trains_on_gpu(x, weight.detach())  # nothing to differentiate
     assert not interface._trains_on_gpu(x, weight.detach().bfloat16().requires_grad_())
+    assert interface._trains_on_gpu(x.detach().requires_grad_(), weight.detach().bfloat16())  # frozen and cast before
+    assert not interface._trains_on_gpu(x.detach().requires_grad_(), weight.detach().half())
     assert not interface._trains_on_gpu(x.double(), weight)
     assert linear(x, weight).dtype == torch.bfloat16

@@ -14,6 +14,7 @@ from mambacus.models import MambaLM
 from mambacus.runtime.errors import UserError
 from mambacus.tuning import graphs, processes
 from mambacus.tuning import trainer as trainer_module
+from mambacus.tuning.audit import trainable
 from mambacus.tuning.data import Sample
 from mambacus.tuning.methods import METHODS, AdapterSettings
 from mambacus.tuning.packing import PADDING_VALUES, PlannedBatches, collate, plan
@@ -117,6 +118,19 @@ def test_at_most_so_many_shapes_are_recorded(
     assert passes.counts == {"recorded": 1, "repeated": 2, "direct": 4}
 
 
+def test_released_passes_begin_anew(make_model: Callable[..., MambaLM], samples: list[Sample]) -> None:
+    model = make_model()
+    passes, parameters = passes_of(model)
+    for _ in range(2):
+        for _ in range(3):
+            passes.run(collate([[samples[0]]]))
+            model.zero_grad()
+        passes.run(collate([[samples[0]]]))
+        passes.release()
+        assert not passes._recordings and all(parameter.grad is None for parameter in parameters)
+    assert passes.counts == {"recorded": 2, "repeated": 6, "direct": 2}
+
+
 def test_a_tensor_without_gradient_stops_the_recording(
     make_model: Callable[..., MambaLM], samples: list[Sample]
 ) -> None:
@@ -155,7 +169,7 @@ def test_training_by_recorded_passes_is_the_same(
 
     def make(self: Any, *args: Any) -> None:
         made(self, *args)
-        fake = FakeRecorder([*self.trainable.values()])
+        fake = FakeRecorder([*trainable(self.learner.model).values()])
         monkeypatch.setattr(graphs, "CudaRecorder", lambda device: fake)
 
     monkeypatch.setattr(trainer_module.MambaTrainer, "__init__", make)

@@ -22,7 +22,7 @@ def autocast_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         x: (..., in_features).
-        weight: float32 (out_features, in_features).
+        weight: float32 (out_features, in_features); in ``dtype`` if it is not trained.
         dtype: of the products, bfloat16 or float16.
 
     Numerics:

@@ -88,13 +88,19 @@ class Linear(nn.Linear):
 
 
 def _trains_on_gpu(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether a gradient is wanted of a product of a float32 weight under autocast to half precision on a GPU."""
+    """Tell whether a gradient is wanted of a product under autocast to half precision on a GPU.
+
+    The weight is float32, or frozen and what autocast would make of it (`mambacus.tuning.frozen`).
+    """
     if not (runs_eagerly_on_gpu(x) and runs_eagerly_on_gpu(weight) and torch.is_autocast_enabled("cuda")):
         return False
-    if weight.dtype != torch.float32 or weight.dim() != 2 or x.dim() < 2 or x.dtype not in (torch.float32, *HALVES):
+    if weight.dim() != 2 or x.dim() < 2 or x.dtype not in (torch.float32, *HALVES):
+        return False
+    dtype = torch.get_autocast_dtype("cuda")
+    if weight.dtype != torch.float32 and (weight.dtype != dtype or weight.requires_grad):
         return False
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return wanted and torch.get_autocast_dtype("cuda") in HALVES
+    return wanted and dtype in HALVES
 
 
 def _runs_here(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
