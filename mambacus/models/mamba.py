@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mambacus.models.config import MambaConfig
+from mambacus.models.documents import IGNORE_INDEX, count_tokens, next_labels
 from mambacus.models.state import MambaState
 from mambacus.ops import (
     Linear,
@@ -50,8 +51,6 @@ from mambacus.ops import (
     twins,
 )
 from mambacus.ops.dispatch import runs_eagerly_on_cpu
-
-IGNORE_INDEX = -100
 
 
 class MambaOutput(NamedTuple):
@@ -434,12 +433,12 @@ class MambaLM(nn.Module):
         reuse_state = reuse_state and state is not None and seq_idx is None and input_ids.shape[1] == 1
         reuse_state = reuse_state and not torch.is_grad_enabled()
         hidden, conv_state, ssm_state = self.backbone(input_ids, seq_idx, state, checkpointing, reuse_state)
-        new_state = MambaState(conv_state, ssm_state, _count_tokens(input_ids, seq_idx, state))
+        new_state = MambaState(conv_state, ssm_state, count_tokens(input_ids, seq_idx, state))
         if labels is None:
             if logits_at is not None:
                 hidden = hidden.gather(1, logits_at[..., None].expand(-1, -1, hidden.shape[-1]))  # (batch, k, d_model)
             return MambaOutput(None, self._logits(hidden), new_state)
-        targets = _targets(labels, seq_idx)  # (batch, seqlen)
+        targets = next_labels(labels, seq_idx)  # (batch, seqlen)
         if loss_only:
             loss, logits = self._loss(hidden, targets), None
         else:
@@ -483,26 +482,3 @@ class MambaLM(nn.Module):
             misfit = state.fits(self.config)
             if misfit or state.batch != len(input_ids):
                 raise ValueError(f"state: {misfit or f'expected {len(input_ids)} rows, got {state.batch}'}")
-
-
-def _targets(labels: Tensor, seq_idx: Tensor | None) -> Tensor:
-    """Return the label of each position's next token, -100 where there is none or it is of another document."""
-    targets = torch.full_like(labels, IGNORE_INDEX)
-    targets[:, :-1] = labels[:, 1:]
-    if seq_idx is not None:
-        foreign = (seq_idx[:, 1:] != seq_idx[:, :-1]) | (seq_idx[:, 1:] < 0)
-        targets[:, :-1].masked_fill_(foreign, IGNORE_INDEX)
-    return targets
-
-
-def _count_tokens(input_ids: Tensor, seq_idx: Tensor | None, state: MambaState | None) -> Tensor:
-    """Return how many tokens of its last document each row has read, int64 (batch,)."""
-    batch, seqlen = input_ids.shape
-    before = torch.zeros(batch, dtype=torch.int64, device=input_ids.device) if state is None else state.tokens
-    if seq_idx is None:
-        return before + seqlen
-    real = seq_idx >= 0
-    starts = torch.zeros_like(real)  # where a second or later document of the row begins
-    starts[:, 1:] = real[:, 1:] & real[:, :-1] & (seq_idx[:, 1:] != seq_idx[:, :-1])
-    in_last = real & (starts.sum(1, keepdim=True) == starts.cumsum(1))
-    return in_last.sum(1) + torch.where(starts.any(1), 0, before)

@@ -23,7 +23,7 @@ from mambacus.synthetic.arms import Learner
 from mambacus.synthetic.examples import Examples, answers_right
 from mambacus.synthetic.tasks import IGNORE
 from mambacus.tuning.graphs import Recorder
-from mambacus.tuning.trainer import parameter_groups, rate_factor
+from mambacus.tuning.optimiser import parameter_groups, rate_factor
 
 CURVE_POINTS = 20
 _SCORED_TOKENS = 65_536  # of one pass of `score`

@@ -26,7 +26,7 @@ from mambacus.runtime.errors import UserError
 from mambacus.runtime.memory import PeakMemory
 from mambacus.tuning import graphs
 from mambacus.tuning.audit import TrainingStoppedError
-from mambacus.tuning.trainer import parameter_groups
+from mambacus.tuning.optimiser import parameter_groups
 
 CHECKPOINT = "checkpoint.pt"
 

@@ -7,8 +7,6 @@ import dataclasses
 import functools
 import math
 import os
-import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from mambacus.runtime.device import has_bfloat16
@@ -29,11 +25,12 @@ from mambacus.runtime.memory import PeakMemory
 from mambacus.tuning import frozen, graphs, processes, sharding
 from mambacus.tuning.audit import FrozenCheck, GradientAudit, TrainingStoppedError, first_bad_module, trainable
 from mambacus.tuning.checkpoints import STAGING, newest_checkpoint, read_notes, write_checkpoint
+from mambacus.tuning.optimiser import parameter_groups, rate_factor
 from mambacus.tuning.packing import PADDING_VALUES, PlannedBatches
 from mambacus.tuning.peft_methods import base_of
+from mambacus.tuning.progress import Progress, tensorboard
 
 _WEIGHTS = "trainable.safetensors"
-_NO_WEIGHT = re.compile(r"\.A_log$|\.parametrizations\.A_log\.|\.offset\.|(^|\.)beginning\.")
 _HISTORY_POINTS = 1000
 
 
@@ -121,12 +118,12 @@ def train(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise TypeError(f"{name} is trained in {parameter.dtype}; master weights are float32")
-    memory = PeakMemory(settings.device)
-    memory.restart()  # the process may have trained, or asked a base model, before
     checkpoint = newest_checkpoint(settings.folder / "checkpoints") if resume else None
     earlier = read_notes(checkpoint)["seconds"] if checkpoint else 0.0
     trainer = MambaTrainer(model, data, settings, quiet_first, rate_of, earlier)
     unchanged = FrozenCheck(model)
+    memory = PeakMemory(settings.device)
+    memory.restart()  # the process may have trained, or asked a base model, before
     trainer.run(checkpoint)
     unchanged.verify(model)
     history = [
@@ -185,37 +182,6 @@ class Learner(nn.Module):
         return loss
 
 
-def parameter_groups(
-    model: nn.Module, weight_decay: float, rate_of: Callable[[str], float] = lambda name: 1.0
-) -> list[dict[str, Any]]:
-    """Return AdamW's groups: matrices with decay; A_log, D, norms, biases and every other vector without.
-
-    ``A_log`` is a matrix but holds the logarithm of the decay rates: pulling it to zero would pull every rate to 1. The
-    same goes for what an adapter adds to it, and learned states are no weights either. ``rate`` of a group is the
-    factor of its learning rate.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_weight = parameter.ndim >= 2 and not _NO_WEIGHT.search(name)
-            groups.setdefault((weight_decay if is_weight else 0.0, rate_of(name)), []).append(parameter)
-    ordered = sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1]))
-    return [{"params": found, "weight_decay": decay, "rate": rate} for (decay, rate), found in ordered]
-
-
-def rate_factor(step: int, *, total: int, warmup: int) -> float:
-    """Return the share of the peak rate at ``step`` (from 0): a linear rise, then half a cosine; 0 only at ``total``.
-
-    Args:
-        step: optimiser steps done.
-        total: optimiser steps of the run.
-        warmup: steps of the rise; the last of them has the peak.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * (step + 1 - warmup) / (total + 1 - warmup)))
-
-
 class MambaTrainer(Trainer):
     """The Trainer's loop with our parts in its places."""
 
@@ -246,7 +212,7 @@ class MambaTrainer(Trainer):
             args=_arguments(settings, data.plan.steps),
             train_dataset=data,
             data_collator=_only_item,
-            callbacks=[self._audit, Progress(data), _tensorboard(settings.folder)],
+            callbacks=[self._audit, Progress(data), tensorboard(settings.folder)],
         )
         self.remove_callback(PrinterCallback)
 
@@ -480,50 +446,3 @@ def _arguments(settings: Settings, steps: int) -> TrainingArguments:
 def _only_item(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     (item,) = items
     return item
-
-
-def _tensorboard(folder: Path) -> TrainerCallback:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))
-
-
-class Progress(TrainerCallback):
-    """One line on a terminal: steps, loss, real tokens per second; nothing where the output is a file.
-
-    Args:
-        data: the run's micro-batches, for their tokens.
-    """
-
-    def __init__(self, data: PlannedBatches) -> None:
-        self._tokens_per_step = data.plan.tokens / data.plan.steps
-        self._bar: tqdm[Any] | None = None
-        self._loss = math.nan
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open the line."""
-        self._bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="finetune", unit="step", dynamic_ncols=True,
-            disable=not sys.stderr.isatty() or not processes.is_main(),
-        )  # fmt: skip
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Advance by one step; make the last step appear in the history."""
-        if self._bar is not None:
-            rate = (self._bar.format_dict["rate"] or 0.0) * self._tokens_per_step
-            self._bar.set_postfix_str(f"loss {self._loss:.3f}, {rate:,.0f} tok/s", refresh=False)
-            self._bar.update()
-        control.should_log |= state.global_step >= state.max_steps
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remember the loss."""
-        self._loss = kwargs.get("logs", {}).get("loss", self._loss)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the line."""
-        if self._bar is not None:
-            self._bar.close()

@@ -18,8 +18,9 @@ from mambacus.runtime.errors import UserError
 from mambacus.tuning import trainer as trainer_module
 from mambacus.tuning.data import Sample
 from mambacus.tuning.methods import METHODS, AdapterSettings
+from mambacus.tuning.optimiser import parameter_groups, rate_factor
 from mambacus.tuning.packing import PlannedBatches, plan
-from mambacus.tuning.trainer import Settings, choose_autocast, parameter_groups, rate_factor, train
+from mambacus.tuning.trainer import Settings, choose_autocast, train
 
 CPU = torch.device("cpu")
 LORA = METHODS["lora"]
