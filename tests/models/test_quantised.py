@@ -62,12 +62,16 @@ def test_decoding_is_reading(name):
     model = small_model().eval()
     quantise(model, name)
     ids = tokens(1, 12)
+    plain = unpacked(model)
     with torch.inference_mode():
-        whole, out, steps = model(ids), None, []
+        whole, out, steps = model(ids).logits, None, []
         for t in range(12):
             out = model(ids[:, t : t + 1], state=None if out is None else out.state, reuse_state=True)
             steps.append(out.logits)
-    torch.testing.assert_close(torch.cat(steps, 1), whole.logits, rtol=1e-4, atol=1e-4)
+        rounding = (whole - plain(ids).logits).abs().max()  # what inputs of 16 bits cost: 3e-4 of logits up to 2.2
+    # An input at the edge of two integers may become the other one where it was summed up in another order.
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=0.0, atol=2 * rounding.item())
+    assert rounding < 1e-3
 
 
 def test_keeps_its_format_in_another_dtype():
