@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,6 +24,10 @@ from mambacus.runtime.errors import UserError, suggest
 from mambacus.tuning.targets import resolve_targets
 
 INIT_TENSORS = "mambacus_initial_lora"
+_MATRIX = re.compile(r"\.lora_[AB]\.weight$")
+_STARTS = ("gaussian", "orthogonal", "mica")  # besides true and false; the base weights stay as they are
+_MOVING = {"pissa": "pissa[_niter_N]", "olora": "olora"}
+_PREPARED = ("eva", "corda", "lora_ga", "loftq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +112,8 @@ def attach_peft(model: MambaLM, method: PeftMethod, targets: tuple[str, ...], ke
     if method.moves_base and "lm_head" in modules and model.config.tie_embeddings:
         untie(model)  # or the embedding would lose the part that is taken out of the head
     given = {**method.keys, **checked_keys(config_class, keys)}
+    if config_class is LoraConfig:
+        check_initialisation(method, given.get("init_lora_weights", True))
     try:
         config = config_class(target_modules=modules, task_type="CAUSAL_LM", **given)
         if isinstance(config, LoraConfig):
@@ -118,7 +125,9 @@ def attach_peft(model: MambaLM, method: PeftMethod, targets: tuple[str, ...], ke
             f"{method.peft_type.lower()}: {' '.join(str(error).split())} (--options KEY=VALUE sets it)"
         ) from None
     if method.moves_base:
-        attached.register_module(INIT_TENSORS, _Initial(attached))
+        initial = _Initial(attached)
+        _check_difference(attached, initial.tensors)
+        attached.register_module(INIT_TENSORS, initial)
     return attached
 
 
@@ -134,6 +143,48 @@ def checked_keys(config_class: type, keys: Mapping[str, Any]) -> dict[str, Any]:
     if wrong:
         raise UserError(f"--options: {config_class.__name__} has no key {', '.join(wrong)}; it has {', '.join(known)}")
     return dict(keys)
+
+
+def check_initialisation(method: PeftMethod, wanted: Any) -> None:
+    """Check how a method of the LoRA family is to start.
+
+    A start that takes a part out of the base weights is a method of its own: PEFT takes it out once more when it loads
+    the adapter, which with random numbers (``pissa_niter_N``) is another part, and out of a tied embedding along with
+    the head. EVA and LoRA-GA without their preparation are plain LoRA in PEFT, without a word.
+
+    Raises:
+        UserError: another start than the method has.
+    """
+    own = method.keys.get("init_lora_weights")
+    moving = next((name for name in _MOVING if str(wanted).lower().startswith(name)), "")
+    if own is None:
+        expected, fits = f"true, false, {', '.join(_STARTS)}", isinstance(wanted, bool) or wanted in _STARTS
+    else:
+        expected = _MOVING[own]
+        fits = re.fullmatch(expected.replace("[_niter_N]", r"(_niter_\d+)?"), str(wanted)) is not None
+    if fits:
+        return
+    hint = f"; --method {moving} starts so and saves the difference from the base" if moving and own is None else ""
+    if wanted in _PREPARED:
+        hint = "; that start needs what PEFT prepares from data or quantises"
+    raise UserError(f"--options init_lora_weights: expected {expected}, got {wanted!r}{hint}")
+
+
+def _check_difference(attached: nn.Module, initial: Mapping[str, torch.Tensor]) -> None:
+    """Check that `difference_as_lora` can say what the method will have learned.
+
+    Raises:
+        UserError: it trains other tensors than LoRA's two matrices, or modules differ in rank or scale.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    said = "it is saved as a difference of two LoRAs"
+    others = [name.removeprefix("base_model.model.") for name in initial if not _MATRIX.search(name)]
+    if others:
+        raise UserError(f"--options: {said}, and {others[0]} has no place in it")
+    layers = [module for module in attached.modules() if isinstance(module, LoraLayer)]
+    if len({(layer.r["default"], layer.scaling["default"]) for layer in layers}) > 1:
+        raise UserError(f"--options: {said} with one rank and one alpha for all modules; leave out the patterns")
 
 
 class _Initial(nn.Module):

@@ -56,6 +56,45 @@ def test_a_weighted_sum_is_pefts_concatenation(
         assert (ours(INPUT).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("rule", "theirs"),
+    [("linear", "svd"), ("ties", "ties_svd"), ("dare", "dare_linear_svd"), ("dare-ties", "dare_ties_svd")],
+)
+def test_each_rule_gives_what_peft_gives_on_the_products(
+    trained: Callable[..., Any],
+    make_model: Callable[..., MambaLM],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rule: str,
+    theirs: str,
+) -> None:
+    """PEFT's ``*_svd`` combine the updates ``B A`` like us, then cut them to a rank, here the full one."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraModel
+
+    for number in (1, 2):
+        save_adapter(
+            trained("lora", number), tmp_path / str(number), base_model="b", base_signature=signature(make_model())
+        )
+    model: Any = PeftModel.from_pretrained(make_model(), str(tmp_path / "1"), adapter_name="one")
+    model.load_adapter(str(tmp_path / "2"), adapter_name="two")
+    inject = LoraModel.inject_adapter
+
+    def then_seeded(*args: Any, **rest: Any) -> None:
+        inject(*args, **rest)  # draws an adapter that is overwritten
+        torch.manual_seed(7)
+
+    monkeypatch.setattr(LoraModel, "inject_adapter", then_seeded)
+    model.add_weighted_adapter(["one", "two"], [0.7, 0.4], "both", theirs, svd_rank=16, density=0.3)
+    model.set_adapter("both")
+    expected = parameters_of(model.merge_and_unload())
+    tuned = [parameters_of(merge(trained("lora", number))[0]) for number in (1, 2)]
+    ours = parameters_of(combine(make_model(), tuned, Combination(rule, (0.7, 0.4), 0.3, 7), untied=False))
+    for name, before in parameters_of(make_model()).items():
+        assert torch.allclose(ours[name], expected[name], rtol=0, atol=1e-5), name
+        assert torch.equal(expected[name], before) != name.endswith(("in_proj.weight", "out_proj.weight")), name
+
+
 def test_methods_of_any_kind_combine(trained: Callable[..., Any], make_model: Callable[..., MambaLM]) -> None:
     kinds = [trained("bitfit", 1), trained("sdt", 2, channels=[[1], [2]]), trained("lora", 3, targets=("lm_head",))]
     tuned = [parameters_of(merge(model)[0]) for model in kinds]
