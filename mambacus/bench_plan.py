@@ -43,6 +43,7 @@ _DEFAULTS = {
     ("decode", "cuda"): Defaults(dtypes=("bfloat16",), new_tokens=(128,), modes=_BOTH_MODES),
     ("prefill", "cuda"): Defaults(dtypes=("bfloat16",)),
     ("train", "cuda"): Defaults(dtypes=("mixed",)),
+    ("scan", "cuda"): Defaults(dtypes=("bfloat16",)),
     ("eval", "cpu"): Defaults("tiny"),
     ("eval", "cuda"): Defaults("1.4b", dtypes=("bfloat16",)),
 }

@@ -124,6 +124,11 @@ def test_on_a_gpu_both_modes_are_measured_and_training_has_float32_weights():
     }  # fmt: skip
 
 
+def test_the_scan_is_timed_in_the_dtype_of_the_published_table_on_a_gpu():
+    assert fill(bench.Config("scan", Path("r.json"), device="cuda")).dtypes == ("bfloat16",)
+    assert fill(bench.Config("scan", Path("r.json"))).dtypes == ("float32",)
+
+
 def test_the_engine_has_one_mode_on_a_gpu():
     whole = [c for c in planned("decode", device="cuda") if c.benchmark == "generate"]
     assert [(c.implementation, c.graph) for c in whole] == [
