@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -62,10 +63,30 @@ def test_on_a_gpu_the_peer_is_a_transformer_of_that_size() -> None:
         ("hellaswag", 10, 500, "random:1.4b")
     }
     assert [case.implementation for case in cases] == ["mambacus", "no-state-reuse", "hf-pythia"]
+    assert [case.batch for case in cases] == [512, 64, 64]
     with pytest.raises(UserError, match="--model tiny: expected on a GPU one of 130m"):
         eval_cases("tiny", "cuda", "bfloat16", 1, 1)
     with pytest.raises(UserError, match="--model 130m: expected tiny"):
         eval_cases("130m", "cpu", "float32", 1, 1)
+
+
+def test_on_a_gpu_ours_runs_once_uncounted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runs = []
+
+    def noted(case: EvalCase, *arguments: Any) -> tuple[dict[str, Any], Any]:
+        runs.append((case.implementation, case.documents))
+        return made_up(case if case.implementation != "hf-pythia" else dataclasses.replace(case, implementation="hf"))
+
+    monkeypatch.setattr(evaluation, "_run", noted)
+    rows = [row for _, row in measure_evaluation(eval_cases("1.4b", "cuda", "bfloat16", 500, 5), tmp_path, 1.0)]
+    assert runs == [
+        ("mambacus", 8),
+        ("mambacus", 500),
+        ("no-state-reuse", 8),
+        ("no-state-reuse", 500),
+        ("hf-pythia", 500),
+    ]
+    assert [row["documents"] for row in rows] == [500, 500, 500]
 
 
 def test_a_tuned_model_generates_beside_tiny(tmp_path: Path) -> None:
