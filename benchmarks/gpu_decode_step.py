@@ -37,7 +37,7 @@ from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Stopwatch, write_record
 
 DEVICE = torch.device("cuda")
-FEW_ROWS, AHEAD = gpu.FEW_ROWS, gpu.AHEAD
+FEW_ROWS, AHEAD, AHEAD_ROWS = gpu.FEW_ROWS, gpu.AHEAD, gpu.AHEAD_ROWS
 SHORT = [f"engine:1.4b:{rows}:16:256" for rows in (1, 64, 512)] + ["engine:130m:1:16:256"]
 LONG = [f"engine:1.4b:{rows}:2048:128" for rows in (1, 8, 32, 128)]
 STEPS = ["step:130m:1"] + [f"step:1.4b:{rows}" for rows in (1, 8, 16, 32, 64, 128, 512)]
@@ -134,14 +134,15 @@ def step(name: str, rows: int, copy_gb_s: float) -> dict[str, Any]:
     tokens = torch.randint(2, 50000, (rows,), device=DEVICE)
     nothing = dict.fromkeys(AHEAD, 0)
     ways = {
-        "few": (rows, AHEAD), "few, no prefetch": (rows, nothing),
-        "few, prefetch of out_proj": (rows, nothing | {"in": AHEAD["in"]}), "many": (0, AHEAD), "modules": (0, AHEAD),
+        "few": (rows, AHEAD, AHEAD_ROWS), "few, no prefetch": (rows, nothing, rows),
+        "few, prefetch of out_proj": (rows, nothing | {"in": AHEAD["in"]}, rows), "few, prefetch": (rows, AHEAD, rows),
+        "many": (0, AHEAD, AHEAD_ROWS), "modules": (0, AHEAD, AHEAD_ROWS),
     }  # fmt: skip
     if rows > 64:
         ways = {label: way for label, way in ways.items() if "few" not in label}
     if rows < 16:
         del ways["many"]
-    for label, (gpu.FEW_ROWS, gpu.AHEAD) in ways.items():
+    for label, (gpu.FEW_ROWS, gpu.AHEAD, gpu.AHEAD_ROWS) in ways.items():
         gpu.product_launch.cache_clear()
         with kernels_of("triton" if label == "modules" else "cuda"):
             decoder = Decoder(model, model, rows)
@@ -338,7 +339,7 @@ def main() -> None:
     for case in options.cases:
         kind, name, *numbers = case.split(":")
         sizes = [int(number) for number in numbers]
-        gpu.FEW_ROWS, gpu.AHEAD = FEW_ROWS, AHEAD
+        gpu.FEW_ROWS, gpu.AHEAD, gpu.AHEAD_ROWS = FEW_ROWS, AHEAD, AHEAD_ROWS
         gpu.product_launch.cache_clear()
         print(case, f"{watch.seconds:.0f} s", flush=True)
         try:

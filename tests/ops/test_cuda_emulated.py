@@ -7,6 +7,7 @@ how fast it is (``test_ops_gpu.py``).
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import re
 import shutil
@@ -26,11 +27,15 @@ from kernel_checks import (
     hold_norm,
     hold_scan,
     hold_step,
+    poisoned_memory,
     scan_inputs,
     step_weights,
 )
+from stepped_models import errors, hold_errors, wandering_model
 from torch import Tensor
 
+from mambacus.inference.decoder import BUCKETS, Decoder
+from mambacus.inference.fused import step_weights as weights_of
 from mambacus.ops import nvrtc
 from mambacus.ops.causal_conv1d import gpu_cuda as conv
 from mambacus.ops.cross_entropy import gpu as loss
@@ -236,9 +241,43 @@ def run_many(weights: StepWeights, tokens: Tensor, *states: Tensor) -> Tensor:
     return step.many(weights, step.Shape.of(weights, len(tokens)), tokens, conv_state, ssm_state)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8, 11, 20, 32])
+@pytest.mark.parametrize("batch", [1, 3, 8, 11, 20, 32, 48])
 def test_step_of_few_rows(batch: int) -> None:
     hold_step(run_few, step_weights(), batch)
+
+
+class EmulatedDecoder(Decoder):
+    """Steps the rows of a bucket, as a CUDA graph does, in memory that starts as NaN."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        rows, size = len(tokens), min(size for size in BUCKETS if size >= len(tokens))
+        pool, inputs = self._room(size), tokens.new_zeros(size)
+        inputs[:rows] = tokens
+        weights = weights_of(self._base)
+        assert isinstance(weights, StepWeights) and step._misfit(weights, size) is None
+        with poisoned_memory():
+            logits = run_few(weights, inputs, pool.conv_state[:, :size], pool.ssm_state[:, :size], pool.tokens[:size])
+        return logits[:rows]
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_a_decoder_that_steps_a_bucket(rows: int) -> None:
+    model = wandering_model()
+    hold_errors(*errors(model, EmulatedDecoder(model, model, 64), rows))
+
+
+def test_a_wrong_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, right = wandering_model(), EmulatedDecoder.step
+
+    def wrong(self: EmulatedDecoder, tokens: Tensor) -> Tensor:
+        logits = right(self, tokens)
+        logits[39] *= 1.05
+        return logits
+
+    monkeypatch.setattr(EmulatedDecoder, "step", wrong)
+    found = errors(model, EmulatedDecoder(model, model, 64), 40)
+    with pytest.raises(AssertionError):
+        hold_errors(*found)
 
 
 def test_step_with_more_rows_in_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +317,14 @@ def test_prefetch_stays_within_the_next_weight(kind: str) -> None:
             assert blocks * share <= min(nexts) and blocks * ahead <= step.AHEAD[kind]
     share, ahead = step.prefetched("in", step.Shape(2048, 4096, 16, 128, 50280, True, 1, 0), 256)
     assert share == ahead == 65536  # all of out_proj
+
+
+def test_what_is_prefetched_by_rows_and_size() -> None:
+    large, small = (step.Shape(d_model, 2 * d_model, 16, 128, 50280, True, 8, 0) for d_model in (2048, 768))
+    assert all(step.prefetched(kind, large, 128)[1] for kind in ("in", "out"))
+    assert step.prefetched("in", small, 96)[1] and step.prefetched("out", small, 48)[1] == 0
+    many = dataclasses.replace(large, batch=9)
+    assert all(step.prefetched(kind, many, 128)[1] == 0 for kind in ("in", "out", "head"))
 
 
 @pytest.mark.parametrize(

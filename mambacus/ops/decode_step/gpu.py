@@ -25,6 +25,7 @@ FEW_ROWS = 48  # up to here the own products are used
 # Bytes of the next product's weight that each product asks L2 for: out_proj while convolve and update leave the memory
 # idle; of in_proj, or the head, what is read while one product ends and the next begins.
 AHEAD = {"in": 24 << 20, "out": 8 << 20, "head": 0}
+AHEAD_ROWS = 8  # more rows are slower with it
 MOST_ROWS = 65535 * 4
 _D_CONV = 4
 _D_STATES = (8, 16, 32, 64)
@@ -171,10 +172,11 @@ def _sizes(shape: Shape) -> dict[str, tuple[int, int]]:
 
 def prefetched(kind: str, shape: Shape, blocks: int) -> tuple[int, int]:
     """Return the bytes of the next weight that are a block's share, and how many of them it asks for."""
-    sizes = _sizes(shape)
-    following = min(2 * sizes[name][0] * sizes[name][1] for name in (("out",) if kind == "in" else ("in", "head")))
-    share = following // blocks
-    return share // 16 * 16, min(share, AHEAD[kind] // blocks) // 16 * 16
+    weights = {name: 2 * outputs * inputs for name, (outputs, inputs) in _sizes(shape).items()}
+    share = (weights["out"] if kind == "in" else min(weights["in"], weights["head"])) // blocks
+    # A small model's in_proj is read before it would be of use.
+    useless = shape.batch > AHEAD_ROWS or (kind == "out" and weights["in"] <= AHEAD["out"])
+    return share // 16 * 16, 0 if useless else min(share, AHEAD[kind] // blocks) // 16 * 16
 
 
 @functools.lru_cache(maxsize=256)
