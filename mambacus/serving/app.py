@@ -32,8 +32,9 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     500: {"model": ErrorAnswer, "description": "The model gave no completion: its logits are NaN."},
     503: {"model": ErrorAnswer, "description": "The engine has stopped."},
 }
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}  # of a stream
 GENERATES: dict[int | str, dict[str, Any]] = REFUSALS | {
-    200: {"model": Answer, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {"model": Answer, "content": {"text/event-stream": {"schema": EVENT}}}
 }
 
 
