@@ -84,7 +84,8 @@ def test_scan_launches(numbers: tuple[int, ...]) -> None:
 
     seq_idx = document_ids(5, 150, "cuda")
     plan = Plan(*numbers)
-    hold(scan_inputs((5, 150, 70, 16), seq_idx=seq_idx, device="cuda"), plan, plan, seq_idx=seq_idx)
+    backward = plan if plan.tile <= 16 else None  # longer tiles are the forward pass's alone
+    hold(scan_inputs((5, 150, 70, 16), seq_idx=seq_idx, device="cuda"), plan, backward, seq_idx=seq_idx)
 
 
 def test_scan_triton_segments() -> None:
