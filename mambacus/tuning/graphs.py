@@ -29,10 +29,14 @@ Shape = tuple[tuple[Any, ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Whether passes are recorded, and the reason for it."""
+    """Whether something is done in training, such as recording passes, and the reason for it."""
 
     used: bool
     reason: str
+
+    def facts(self, found: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """Return the choice for the record, with what was ``found`` where it is used."""
+        return {"used": self.used, "reason": self.reason} | dict(found or {})
 
 
 def choose(wanted: str, model: nn.Module, device: torch.device) -> Choice:

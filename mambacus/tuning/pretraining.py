@@ -299,8 +299,7 @@ class Pretraining:
             },
             "history": self.history,
             "validation": self.validation,
-            "cuda_graph": {"used": self._graph.used, "reason": self._graph.reason}
-            | (self._passes.counts if self._passes else {}),
+            "cuda_graph": self._graph.facts(self._passes.counts if self._passes else None),
         }
 
 

@@ -319,13 +319,11 @@ class MambaTrainer(Trainer):
 
     def graph_facts(self) -> dict[str, Any]:
         """Return whether passes were recorded, why, and how many, for the record."""
-        counts = self._passes.counts if self._passes else {}
-        return {"used": self._graph.used, "reason": self._graph.reason} | counts
+        return self._graph.facts(self._passes.counts if self._passes else None)
 
     def frozen_facts(self) -> dict[str, Any]:
         """Return whether frozen projections were held in bfloat16, why, and how many, for the record."""
-        facts = self._frozen.facts if self._frozen else {}
-        return {"used": self._casts.used, "reason": self._casts.reason} | facts
+        return self._casts.facts(self._frozen.facts if self._frozen else None)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self._checkpoints)

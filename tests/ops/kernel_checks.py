@@ -252,6 +252,14 @@ def _compare(run: Callable[[], dict[str, Tensor]], truth: dict[str, Tensor], inp
             assert got[name].dtype == given.dtype, name
 
 
+STEP_SHAPES: tuple[dict[str, Any], ...] = (
+    {"d_model": 160, "dt_rank": 40, "vocabulary": 17},
+    {"d_model": 352, "n_layer": 1},
+    {"d_model": 32, "d_state": 8, "conv_bias": False},
+    {"d_model": 32, "d_state": 64, "dt_rank": 16},
+)  # arguments of `step_weights` that fit no tile
+
+
 def step_weights(
     d_model: int = 64, d_state: int = 16, dt_rank: int = 8, vocabulary: int = 70, n_layer: int = 2, *,
     conv_bias: bool = True, device: str = "cpu",

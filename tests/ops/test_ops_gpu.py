@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernel_checks import (
     SCAN_NAMES,
+    STEP_SHAPES,
     conv_inputs,
     document_ids,
     hold_conv,
@@ -219,10 +220,7 @@ def test_fused_step(batch: int) -> None:
     [
         {"d_model": 768, "dt_rank": 48, "vocabulary": 50280, "n_layer": 3},
         {"d_model": 2048, "dt_rank": 128, "vocabulary": 1001, "n_layer": 3},
-        {"d_model": 160, "dt_rank": 40, "vocabulary": 17},
-        {"d_model": 352, "n_layer": 1},
-        {"d_model": 32, "d_state": 8, "conv_bias": False},
-        {"d_model": 32, "d_state": 64, "dt_rank": 16},
+        *STEP_SHAPES,
     ],
     ids=str,
 )

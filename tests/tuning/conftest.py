@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,6 +37,17 @@ def samples() -> list[Sample]:
     sums = [(2, 3), (40, 2), (7, 7), (10, 5), (100, 23), (9, 1), (30, 30), (6, 12)]
     examples = [Example(f"{a} plus {b}:", f" {a} + {b} = {a + b}") for a, b in sums]
     return encode(examples, byte_tokenizer(), max_length=64)[0]
+
+
+@pytest.fixture(scope="session")
+def sums_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six sums as JSONL, with solutions of two lengths."""
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    lines = [
+        {"question": f"{a} + {b}?", "answer": str(a + b), "solution": "so " * a} for a in (2, 13) for b in (3, 4, 15)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -121,21 +120,11 @@ def same(one: Path, other: Path) -> None:
         assert torch.allclose(tensor, second[name], rtol=1e-3, atol=2e-5), name
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    lines = [
-        {"question": f"{a} + {b}?", "answer": str(a + b), "solution": "so " * a} for a in (2, 13) for b in (3, 4, 15)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_processes_train_as_one_and_resume_each_other(rows: Path, tmp_path: Path) -> None:
-    launch(rows, tmp_path / "one", 1)
-    launch(rows, tmp_path / "two", 2)
+def test_two_processes_train_as_one_and_resume_each_other(sums_file: Path, tmp_path: Path) -> None:
+    launch(sums_file, tmp_path / "one", 1)
+    launch(sums_file, tmp_path / "two", 2)
     same(tmp_path / "one", tmp_path / "two")
     assert read_record(tmp_path / "two" / "record.json").results["processes"] == 2
     cut = tmp_path / "two"  # as if killed after step 4: the other count goes on from there
@@ -143,6 +132,6 @@ def test_two_processes_train_as_one_and_resume_each_other(rows: Path, tmp_path: 
 
     shutil.rmtree(cut / "adapter")
     shutil.rmtree(cut / "checkpoints" / "checkpoint-5")
-    launch(rows, cut, 1, "--resume")
+    launch(sums_file, cut, 1, "--resume")
     assert read_record(cut / "record.json").results["train"]["resumed_from_step"] == 4
     same(tmp_path / "one", cut)

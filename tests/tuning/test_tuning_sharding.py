@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import shutil
@@ -59,33 +58,23 @@ RUNS: dict[str, Job] = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    lines = [
-        {"question": f"{a} + {b}?", "answer": str(a + b), "solution": "so " * a} for a in (2, 13) for b in (3, 4, 15)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def job(out: Path, data: Path, **changes: Any) -> Job:
-    return SETTINGS | {"data": str(data), "out": str(out)} | changes
+def job(out: Path, sums_file: Path, **changes: Any) -> Job:
+    return SETTINGS | {"data": str(sums_file), "out": str(out)} | changes
 
 
 @pytest.fixture(scope="module")
-def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(sums_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All `RUNS` by one process with the whole model."""
     folder = tmp_path_factory.mktemp("alone")
-    launch(1, [job(folder / name, data, **run) for name, run in RUNS.items()], sharded=False)
+    launch(1, [job(folder / name, sums_file, **run) for name, run in RUNS.items()], sharded=False)
     return folder
 
 
 @pytest.fixture(scope="module")
-def shared(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(sums_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All `RUNS` by two processes that share the model out."""
     folder = tmp_path_factory.mktemp("shared")
-    launch(2, [job(folder / name, data, **run) for name, run in RUNS.items()], sharded=True)
+    launch(2, [job(folder / name, sums_file, **run) for name, run in RUNS.items()], sharded=True)
     return folder
 
 
@@ -121,9 +110,9 @@ def test_two_processes_that_share_the_model_out_train_as_one(alone: Path, shared
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_parts_may_be_unequal(alone: Path, data: Path, tmp_path: Path) -> None:
+def test_the_parts_may_be_unequal(alone: Path, sums_file: Path, tmp_path: Path) -> None:
     """Three processes: nothing in this model divides by three."""
-    launch(3, [job(tmp_path / name, data, **RUNS[name]) for name in ("lora", "full", "bitfit")], sharded=True)
+    launch(3, [job(tmp_path / name, sums_file, **RUNS[name]) for name in ("lora", "full", "bitfit")], sharded=True)
     for name in ("lora", "full", "bitfit"):
         same(alone / name, tmp_path / name)
 
@@ -143,13 +132,13 @@ def cut_short(run: Path, copy: Path) -> Path:
     ("first", "then", "sharded"), [("shared", 1, False), ("shared", 2, False), ("alone", 2, True), ("shared", 3, True)]
 )
 def test_a_run_goes_on_with_another_number_of_processes(
-    alone: Path, shared: Path, data: Path, tmp_path: Path, first: str, then: int, sharded: bool
+    alone: Path, shared: Path, sums_file: Path, tmp_path: Path, first: str, then: int, sharded: bool
 ) -> None:
     """From two that share the model out to one, to two that do not, to three; and from one to two."""
     names = ("lora", "full", "split", "init-state")
     start = {"shared": shared, "alone": alone}[first]
     cut = {name: cut_short(start / name, tmp_path / name) for name in names}
-    launch(then, [job(cut[name], data, resume=True, **RUNS[name]) for name in names], sharded=sharded)
+    launch(then, [job(cut[name], sums_file, resume=True, **RUNS[name]) for name in names], sharded=sharded)
     for name in names:
         _, record = same(alone / name, cut[name])
         assert record.results["train"]["resumed_from_step"] == 2
@@ -187,14 +176,14 @@ WHOLE = ("cut", "forgotten", "full", "full elsewhere")  # of "nan" and "thawed" 
 
 
 @pytest.fixture(scope="module")
-def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+def stopped(sums_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
     """The runs of `SABOTAGED`, one after another in the same two processes: none may leave the others waiting."""
 
     @functools.cache
     def stop(sharded: bool) -> Path:
         folder = tmp_path_factory.mktemp("stopped")
         names = SABOTAGED if sharded else WHOLE
-        launch(2, [job(folder / name, data, **SABOTAGED[name][0]) for name in names], sharded=sharded)
+        launch(2, [job(folder / name, sums_file, **SABOTAGED[name][0]) for name in names], sharded=sharded)
         return folder
 
     return stop

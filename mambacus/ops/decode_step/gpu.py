@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mambacus.ops import nvrtc
 from mambacus.ops.decode_step.interface import LayerWeights, StepWeights
+from mambacus.ops.linear.gpu import float32_product
 from mambacus.ops.nvrtc import Launch, Program
 from mambacus.ops.rms_norm import add_rms_norm, rms_norm
 
@@ -296,12 +297,7 @@ def many(weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor,
         added = F.linear(y, layer.out_proj)
     assert added is not None
     normed, _ = add_rms_norm(residual, added, weights.norm_f, weights.eps)
-    return _float32_product(normed, weights.head)
-
-
-def _float32_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``x @ weight.T`` as it was summed up, in float32."""
-    return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return float32_product(normed, weights.head.t())
 
 
 def _scan(layer: LayerWeights, ssm_state: Tensor) -> dict[str, Tensor]:
