@@ -55,15 +55,15 @@ def test_biases_and_a_bfloat16_residual_stream_take_the_modules() -> None:
 
 
 def test_sees_a_model_that_changed() -> None:
-    model = made()
-    decoder = Decoder(model, model, 2)
-    errors(model, decoder, 2)
+    model, other = made(), wandering_model(seed=4).cuda()
+    decoder = Decoder(model, model, 16)
+    errors(model, decoder, 9)
     with torch.no_grad():
         model.backbone.layers[1].mixer.A_log.add_(0.5)
         model.backbone.layers[0].mixer.in_proj.weight.mul_(1.5)
-    hold_errors(*errors(model, decoder, 2))
-    model.load_state_dict({name: tensor * 1.2 for name, tensor in model.state_dict().items()}, assign=True)
-    hold_errors(*errors(model, decoder, 2))
+    hold_errors(*errors(model, decoder, 9))
+    model.load_state_dict(other.state_dict(), assign=True)
+    hold_errors(*errors(model, decoder, 9))
 
 
 def test_an_engine_gives_the_same_text_run_ahead_or_not() -> None:
