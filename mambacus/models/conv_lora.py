@@ -14,9 +14,9 @@ from torch.func import functional_call
 class CausalConvLora(nn.Module, LoraLayer):
     """The taps of all channels as one matrix (d_inner, d_conv), changed by ``scaling B A``.
 
-    A is (rank, d_conv), B (d_inner, rank) and, unless ``init_lora_weights`` is false, zero at first. A rank above d_conv
-    adds nothing and is taken as d_conv, with the scaling of the rank that was asked for. There is no dropout: the taps
-    are no input.
+    A is (rank, d_conv), B (d_inner, rank) and, unless ``init_lora_weights`` is false, zero at first. A rank above
+    d_conv adds nothing and is taken as d_conv, with the scaling of the rank that was asked for. There is no dropout:
+    the taps are no input.
 
     Args:
         base_layer: a `mambacus.models.mamba.CausalConv1d`.
