@@ -34,9 +34,9 @@ def run(config: Config) -> Record:
     """Draw the page, the plots and tables as files if asked for, and the record of all.
 
     Returns:
-        A record of kind ``report``: ``results`` holds ``sources`` (files read), ``comparisons`` (every paired
-        comparison on the page), ``headline``, ``checks`` and ``notices`` (sentences on the page), ``page_bytes``,
-        ``published`` (figures of others that the page shows), ``figures`` and ``tables`` (files).
+        A record of kind ``report``: ``results`` holds ``sources`` (files read, as seen from the page's folder),
+        ``comparisons`` (every paired comparison on the page), ``headline``, ``checks`` and ``notices`` (sentences on
+        the page), ``page_bytes``, ``published`` (figures of others that it shows), ``figures`` and ``tables`` (files).
 
     Raises:
         UserError: a file that is no record, a folder without any, an unknown label, or an existing page without
@@ -44,7 +44,7 @@ def run(config: Config) -> Record:
     """
     from mambacus.reporting.export import write_tables
     from mambacus.reporting.page import build, render
-    from mambacus.reporting.sources import collect
+    from mambacus.reporting.sources import collect, shown_path
 
     watch = Stopwatch()
     _check_outputs(config)
@@ -60,7 +60,7 @@ def run(config: Config) -> Record:
         figures = draw(page, folders)
     tables = write_tables(page.tables, config.tables) if config.tables is not None else []
     results = {
-        "sources": [str(source.path) for source in sources],
+        "sources": [shown_path(source, config.out.parent) for source in sources],
         "comparisons": [
             dataclasses.asdict(row) | {"verdict": row.verdict} for pair in page.pairs for row in pair.comparisons
         ],

@@ -254,5 +254,5 @@ def print_summary(out: Path) -> None:
             if tuned == model:
                 table.add_row(task, *figures)
         Console(highlight=False).print(table)
-    say(*found["checks"], *speed_lines(Path(source) for source in found["sources"]), *found["notices"])
+    say(*found["checks"], *speed_lines(out / source for source in found["sources"]), *found["notices"])
     say(f"page: {out / PAGE}", style="bold")

@@ -14,8 +14,9 @@ from torch.func import functional_call
 class CausalConvLora(nn.Module, LoraLayer):
     """The taps of all channels as one matrix (d_inner, d_conv), changed by ``scaling B A``.
 
-    A is (rank, d_conv), B (d_inner, rank) and zero at first. A rank above d_conv adds nothing and is taken as
-    d_conv, with the scaling of the rank that was asked for. There is no dropout: the taps are no input.
+    A is (rank, d_conv), B (d_inner, rank) and, unless ``init_lora_weights`` is false, zero at first. A rank above
+    d_conv adds nothing and is taken as d_conv, with the scaling of the rank that was asked for. There is no dropout:
+    the taps are no input.
 
     Args:
         base_layer: a `mambacus.models.mamba.CausalConv1d`.
@@ -35,7 +36,14 @@ class CausalConvLora(nn.Module, LoraLayer):
         self.update_layer(adapter_name, r, lora_alpha, config=config)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: Any, **rest: Any) -> None:
-        """Add an adapter (PEFT's word and signature)."""
+        """Add an adapter (PEFT's word and signature).
+
+        Raises:
+            ValueError: a start other than true, false and ``gaussian``, the only ones that PEFT's frame has for it.
+        """
+        start = config.init_lora_weights
+        if not isinstance(start, bool) and str(start).lower() != "gaussian":
+            raise ValueError(f"init_lora_weights on a convolution: expected true, false or gaussian, got {start!r}")
         base: Any = self.get_base_layer()
         weight: Tensor = base.weight  # (d_inner, 1, d_conv)
         self.use_rslora[adapter_name] = config.use_rslora
@@ -44,9 +52,9 @@ class CausalConvLora(nn.Module, LoraLayer):
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.lora_dropout[adapter_name] = nn.Identity()
         down, up = nn.Linear(weight.shape[-1], r, bias=False), nn.Linear(r, weight.shape[0], bias=False)
-        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-        nn.init.zeros_(up.weight)
         self.lora_A[adapter_name], self.lora_B[adapter_name] = down, up
+        self.lora_bias[adapter_name] = False
+        self.reset_lora_parameters(adapter_name, start)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 

@@ -23,6 +23,7 @@ from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.summary import Card, agreement, cards, headline, notices
 from mambacus.reporting.table import Table
 from mambacus.reporting.tables import comparison_table, environment_table, record_table
+from mambacus.reporting.undrawn import mentioned, undrawn_table
 
 COLOURS = 8
 RADAR_LIMIT = 6
@@ -57,6 +58,7 @@ class Page:
     sections: tuple[Section, ...]
     checks: tuple[str, ...]
     records: Table
+    undrawn: Table
     environment: Table
     published: Published
     colours: dict[str, int]
@@ -67,7 +69,7 @@ class Page:
         """Every table, in the page's order."""
         found = [radar.values for radar in self.radars] + [pair.table for pair in self.pairs if pair.comparisons]
         found += [table for section in self.sections for table in section.tables]
-        return [*found, self.records, self.environment]
+        return [*found, self.records, *([self.undrawn] if self.undrawn.rows else []), self.environment]
 
     def section(self, name: str) -> Section:
         """Return a section by its anchor.
@@ -103,17 +105,20 @@ def build(
     studies = [source.record.results for source in of_kind(sources, "study")]
     printed = find_published(sources, scores) if published else NOTHING
     checks = tuple(agreement(sources, one, two) for one, two in lineup.checks)
+    radars = tuple(_radars(scores, lineup, colours, printed))
+    drawn = sections(sources, scores, lineup, colours=colours, published=printed, checks=checks)
     return Page(
         title=title or next((study["title"] for study in studies), "Mambacus report"),
         description=next((study.get("description", "") for study in studies), ""),
         headline=headline(compared),
         notices=notices(sources, studies),
         cards=cards(sources, compared),
-        radars=tuple(_radars(scores, lineup, colours, printed)),
+        radars=radars,
         pairs=views,
-        sections=sections(sources, scores, lineup, colours=colours, published=printed, checks=checks),
+        sections=drawn,
         checks=checks,
         records=record_table(sources, (root or Path.cwd()).resolve()),
+        undrawn=undrawn_table(sources, _drawn(radars, views, drawn)),
         environment=environment_table(sources),
         published=printed,
         colours=colours,
@@ -151,6 +156,14 @@ def _pair(sources: Sequence[Source], scores: Scores, base: str, tuned: str) -> P
         open=tuple(conclusion(row) for row in rows if row.verdict == "open"),
         samples=sample_problems(sources, base, tuned),
     )
+
+
+def _drawn(radars: Sequence[Radar], views: Sequence[PairView], found: Sequence[Section]) -> set[int]:
+    """Return the numbers of the records that something on the page refers to."""
+    tables = [one.values for one in radars] + [view.table for view in views]
+    tables += [table for section in found for table in section.tables]
+    plotted = {number for section in found for figure in section.figures for number in figure.numbers}
+    return mentioned(cell for table in tables for row in table.rows for cell in row) | plotted
 
 
 def _colours(lineup: Lineup) -> dict[str, int]:

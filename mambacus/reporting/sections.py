@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from mambacus.reporting.charts import Figure, training_figure
 from mambacus.reporting.controlled import controlled_figures, controlled_notes, controlled_table
 from mambacus.reporting.efficiency import crossover_table, efficiency_figures
+from mambacus.reporting.eval_speed import eval_table
+from mambacus.reporting.gpu_scripts import gpu_tables
 from mambacus.reporting.lineup import Lineup
 from mambacus.reporting.panels import Panel
 from mambacus.reporting.prompts import prompt_table
 from mambacus.reporting.published import Published
 from mambacus.reporting.scores import Scores
+from mambacus.reporting.scripts import script_tables
 from mambacus.reporting.sources import Source
-from mambacus.reporting.speed import scan_figures, scan_rows, scan_table, speed_table, timings
+from mambacus.reporting.speed import ceiling_table, scan_figures, scan_rows, scan_table, speed_table, timings
 from mambacus.reporting.sweeps import settings, sweep_notes, sweep_panels, sweep_table
 from mambacus.reporting.table import Table
 from mambacus.reporting.tables import merge_table, score_table, solve_table, training_table
@@ -88,7 +91,12 @@ def sections(
             (crossover_table(sources),), tuple(curves),
         ),
         Section(
-            "speed", "Speed", "Speed", _SPEED, (speed_table(timed), scan_table(scanned)), tuple(scan_figures(scanned))
+            "speed", "Speed", "Speed", _SPEED if timed else "",
+            (speed_table(timed), eval_table(sources), scan_table(scanned), ceiling_table(sources)),
+            tuple(scan_figures(scanned)),
+        ),
+        Section(
+            "scripts", "Measured by scripts", "Scripts", _SCRIPTS, (*gpu_tables(sources), *script_tables(sources))
         ),
     ]  # fmt: skip
     kept = [dataclasses.replace(one, tables=tuple(table for table in one.tables if table.rows)) for one in found]
@@ -126,3 +134,4 @@ _SPEED = (
     "same record for the same case. The limit is the least time that the machine’s measured copy bandwidth and matrix "
     "speed allow for the bytes and operations of the case."
 )
+_SCRIPTS = "Each script is in benchmarks/; the list of records has its command."

@@ -12,7 +12,7 @@ from typing import Any
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Record, read_json, read_jsonl, read_record
 
-# kind of record -> what its results hold at least, and as what; those without have no part on a page
+# kind of record -> what its results hold at least, and as what; other kinds are listed, not drawn
 RESULTS: dict[str, dict[str, type]] = {
     "evaluate": {"tasks": dict}, "solve": {"benches": dict}, "finetune": {"train": dict}, "pretrain": {"train": dict},
     "bench": {}, "study": {"steps": list, "models": list}, "merge": {}, "info": {}, "generate": {},
@@ -58,12 +58,13 @@ def collect(paths: Iterable[str | Path]) -> list[Source]:
     """Read the records named by files and found below folders, each file once, in the order given.
 
     A folder is searched for ``*.json`` at any depth; JSON files in it that are not records (a model's ``config.json``)
-    and the records of earlier reports are passed over. A file named directly must be a record of a measurement.
+    are passed over. So are the records of pages, also those named, so that ``gpu-*.json`` may match the page's own.
 
     Raises:
-        UserError: nothing there, a named file is not a record, or a folder holds none.
+        UserError: nothing there, a named file is not a record, a folder holds none, or all are records of pages.
     """
     found: dict[Path, Record] = {}
+    pages: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = {file: _read(file) for file in sorted(path.rglob("*.json")) if _looks_like_record(file)}
@@ -75,8 +76,11 @@ def collect(paths: Iterable[str | Path]) -> list[Source]:
             continue
         record = _read(path)
         if record.kind == "report":
-            raise UserError(f"{path}: expected the record of a measurement, got that of a report")
-        found.setdefault(path.resolve(), record)
+            pages.append(path)
+        else:
+            found.setdefault(path.resolve(), record)
+    if not found and pages:
+        raise UserError(f"{pages[0]}: expected the record of a measurement, got that of a report")
     if not found:
         raise UserError("expected at least one record file or folder, got none")
     steps = _study_steps(found)
@@ -92,16 +96,20 @@ def collect(paths: Iterable[str | Path]) -> list[Source]:
     ]
 
 
+def shown_path(source: Source, folder: Path) -> str:
+    """Return where a record lies as seen from ``folder``, or its whole path where it is not below it."""
+    folder = folder.resolve()
+    return str(source.path.relative_to(folder) if source.path.is_relative_to(folder) else source.path)
+
+
 def _read(path: Path) -> Record:
-    """Read a record and check that its results are those of its kind.
+    """Read a record and check that its results are those of its kind, if that is one that this version draws.
 
     Raises:
-        UserError: as `read_record`, or another kind or other results than this version draws.
+        UserError: as `read_record`, or other results than those of its kind.
     """
     record = read_record(path)
-    if record.kind not in RESULTS:
-        raise UserError(f"{path}: kind: expected one of {', '.join(RESULTS)}, got {record.kind!r}")
-    for name, kind in RESULTS[record.kind].items():
+    for name, kind in RESULTS.get(record.kind, {}).items():
         if not isinstance(record.results.get(name), kind):
             got = f"a {type(record.results[name]).__name__}" if name in record.results else "nothing"
             raise UserError(f"{path}: results of {record.kind}: {name}: expected a {kind.__name__}, got {got}")
@@ -128,4 +136,4 @@ def _looks_like_record(path: Path) -> bool:
         raw = read_json(path)
     except UserError:  # some other JSON file, or a folder so called
         return False
-    return {"kind", "schema", "results", "environment"} <= set(raw) and str(raw["kind"]) in RESULTS
+    return {"kind", "schema", "results", "environment"} <= set(raw)

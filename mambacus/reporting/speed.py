@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from mambacus.reporting.charts import Figure, Series, Value, make_chart
+from mambacus.reporting.eval_speed import is_evaluation
 from mambacus.reporting.formats import count, energy, milliseconds, number, percent, rate, reference, size
 from mambacus.reporting.scales import log_scale, steps_scale
 from mambacus.reporting.sources import Source, of_kind
@@ -40,29 +40,48 @@ def timings(sources: Sequence[Source]) -> list[Timing]:
     found = []
     for source in of_kind(sources, "bench"):
         for row in source.record.results.get("rows", []):
-            if "benchmark" in row:
+            if is_timing(row):
                 found.append(Timing(source, row))
-            elif "case" in row:
+            elif is_training_case(row):
                 found.append(Timing(source, _from_case(row)))
     return found
 
 
+def is_timing(row: dict[str, Any]) -> bool:
+    """Return whether a bench row times passes of a model; that of an evaluation has its own table."""
+    return "benchmark" in row and not is_evaluation(row)
+
+
+def is_training_case(row: dict[str, Any]) -> bool:
+    """Return whether a bench row is a case of ``benchmarks/gpu_training.py``."""
+    return "case" in row and "ms" in row
+
+
+def is_scan(row: dict[str, Any]) -> bool:
+    """Return whether a bench row times the selective scan alone."""
+    return "shape" in row and "forward_ms" in row
+
+
 def _from_case(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a case of the training script as a row of ``bench``; ``lora-graph`` is LoRA as a recorded graph."""
     name, model, shape = row["case"].split(":")
     batch, seqlen = map(int, shape.split("x"))
+    kind = name.removesuffix("graph").removesuffix("-")
     return {
-        "benchmark": "train" if name == "graph" else name, "graph": name == "graph", "implementation": "mambacus",
-        "model": model, "dtype": "", "batch": batch, "seqlen": seqlen, "median_ms": row["ms"],
+        "benchmark": kind if kind not in ("", "lora") else "train", "graph": name.endswith("graph"),
+        "method": "lora" if kind == "lora" else "full", "implementation": "mambacus", "model": model,
+        "dtype": "bfloat16" if kind == "prefill" else "mixed", "batch": batch, "seqlen": seqlen, "median_ms": row["ms"],
         "tokens_per_second": row["tokens_per_second"], "peak_memory_bytes": row["peak_gib"] * 2**30,
     }  # fmt: skip
 
 
 def speed_table(rows: Sequence[Timing]) -> Table:
-    """Bench rows side by side; the ratio is against the slowest measured implementation of the same case."""
-    slowest: dict[tuple[Any, ...], float] = {}
+    """Bench rows side by side; the ratio is against the slowest of several measured in the same case."""
+    speeds: dict[tuple[Any, ...], list[float]] = {}
     for one in rows:
         if speed := number(one.row.get("tokens_per_second")):
-            slowest[one.case] = min(slowest.get(one.case, math.inf), speed)
+            speeds.setdefault(one.case, []).append(speed)
+    slowest = {case: min(found) for case, found in speeds.items() if len(found) > 1}
     columns = (
         "Benchmark", "Implementation", "dtype", "#Batch × tokens", "#Median", "#Tokens/s", "#Ratio", "#Peak memory",
         "#State or cache", "#FLOPs", "#Of the limit", "#Energy", "Device",
@@ -83,12 +102,12 @@ def _speed_row(one: Timing, slowest: float | None) -> list[Cell | str]:
         return [*head, Cell(str(row["error"]), style="error"), *[""] * 7, str(row.get("device", ""))]
     samples = [float(ms) for ms in row.get("samples_ms", [])]
     spread = f"{min(samples):,.1f} to {max(samples):,.1f}, {len(samples)} runs" if samples else ""
-    ratio = float(row["tokens_per_second"]) / slowest if slowest else 1.0
+    ratio = float(row["tokens_per_second"]) / slowest if slowest else None
     return [
         *head,
         Cell(milliseconds(row["median_ms"]), spread),
         rate(row["tokens_per_second"]),
-        Cell(f"{ratio:.2f} ×", style="best" if ratio > 1 else ""),
+        Cell("–") if ratio is None else Cell(f"{ratio:.2f} ×", style="best" if ratio > 1 else ""),
         size(row.get("peak_memory_bytes")),
         size(row.get("state_bytes")),
         count(row.get("flops")),
@@ -98,13 +117,39 @@ def _speed_row(one: Timing, slowest: float | None) -> list[Cell | str]:
     ]
 
 
+_CEILINGS = {
+    "copy_gb_s": ("Copy", 1e9, "B/s"),
+    "float32_gemm_gflop_s": ("float32 products", 1e9, "FLOP/s"),
+    "bfloat16_gemm_gflop_s": ("bfloat16 products", 1e9, "FLOP/s"),
+    "exponentials_per_s": ("Exponentials", 1.0, "/s"),
+}
+
+
+def ceiling_table(sources: Sequence[Source]) -> Table:
+    """What the machine can do at most, as measured in the same run: what limits are computed from."""
+    body: list[list[Cell | str]] = []
+    for source in of_kind(sources, "bench"):
+        if found := source.record.results.get("ceilings"):
+            machine = str(source.record.environment.get("gpu") or source.record.environment.get("cpu"))
+            cells = [_ceiling(found.get(key), unit, name) for key, (_, unit, name) in _CEILINGS.items()]
+            body.append([Cell(source.label, reference([source.number]).strip()), Cell(machine, style="shape"), *cells])
+    columns = ("Record", "Machine", *(f"#{title}" for title, _, _ in _CEILINGS.values()))
+    about = "A large copy (bytes read and written) and large matrix products, timed before the cases of the record."
+    return filled(make_table("ceilings", columns, body, title="What the machine can do", about=about))
+
+
+def _ceiling(value: Any, unit: float, name: str) -> str:
+    found = number(value)
+    return "–" if found is None else f"{count(found * unit)}{name}"
+
+
 def scan_rows(sources: Sequence[Source]) -> list[tuple[Source, dict[str, Any]]]:
     """Return the rows that time the selective scan alone."""
     return [
         (source, row)
         for source in of_kind(sources, "bench")
         for row in source.record.results.get("rows", [])
-        if "shape" in row and "forward_ms" in row
+        if is_scan(row)
     ]
 
 
@@ -131,7 +176,7 @@ def _scan_row(source: Source, row: dict[str, Any]) -> list[Cell | str]:
     peer = row.get("mamba_ssm_h100_ms") or (None, None)
     errors = [float(value) for value in row.get("errors", {}).values()]
     return [
-        Cell(" × ".join(f"{part:,}" for part in row["shape"]), reference([source.number]).strip()),
+        Cell(" × ".join(f"{part:,}" for part in row["shape"]), reference([source.number]).strip(), "shape"),
         str(row["dtype"]),
         Cell(milliseconds(forward), _times(forward, limit, "of the limit")),
         Cell(milliseconds(row.get("both_ms"))),

@@ -17,7 +17,7 @@ from mambacus.reporting.panels import change_text
 from mambacus.reporting.published import NOTHING, Published
 from mambacus.reporting.radar_shape import published_note
 from mambacus.reporting.scores import Score, Scores
-from mambacus.reporting.sources import Source, of_kind
+from mambacus.reporting.sources import Source, of_kind, shown_path
 from mambacus.reporting.table import Cell, Table, make_table
 from mambacus.runtime.records import read_record
 
@@ -169,12 +169,11 @@ def record_table(sources: Sequence[Source], root: Path) -> Table:
     """Every record with its file and the command that makes it again."""
     body: list[list[Cell | str]] = []
     for source in sources:
-        path = str(source.path.relative_to(root)) if source.path.is_relative_to(root) else str(source.path)
         body.append(
             [
                 f"[{source.number}]",
                 Cell(source.record.kind, source.label),
-                Cell(path, style="code"),
+                Cell(shown_path(source, root), style="code"),
                 Cell(source.command, style="code"),
                 source.record.started_at,
                 duration(source.record.seconds),

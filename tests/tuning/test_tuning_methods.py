@@ -178,6 +178,20 @@ def test_a_method_for_linear_layers_says_so(make_model: Callable[..., MambaLM], 
         attach(make_model(), name, targets=("conv1d",))
 
 
+def test_the_convolution_starts_as_asked(make_model: Callable[..., MambaLM]) -> None:
+    def starts(how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        settings = AdapterSettings(options={"init_lora_weights": how}, targets=("conv1d",), rank=2)
+        torch.manual_seed(0)
+        layer = METHODS["lora"].attach(make_model(), settings).get_base_model().backbone.layers[0].mixer.conv1d
+        return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+
+    (plain, zeros), (gaussian, zeros_too), (_, other) = starts(True), starts("gaussian"), starts(False)
+    assert not zeros.any() and not zeros_too.any() and other.all()
+    assert plain.abs().max() <= 0.5 < gaussian.abs().max()  # uniform within 1 / sqrt(d_conv), normal of 1 / rank
+    with pytest.raises(UserError, match="on a convolution: expected true, false or gaussian, got 'orthogonal'"):
+        starts("orthogonal")
+
+
 def test_the_convolution_changes_by_its_low_rank_product(make_model: Callable[..., MambaLM]) -> None:
     model = attach(make_model(), "lora", targets=("conv1d",), rank=2, alpha=6.0)
     plain = make_model()

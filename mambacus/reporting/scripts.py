@@ -1,0 +1,77 @@
+"""What the other scripts in ``benchmarks/`` measured: a server under load, tied merges, prompts as states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mambacus.reporting.formats import duration, milliseconds, number, percent, rate, reference, size
+from mambacus.reporting.sources import Source, of_kind
+from mambacus.reporting.table import Cell, Table, make_table
+
+
+def script_tables(sources: Sequence[Source]) -> tuple[Table, ...]:
+    """Return the tables of the scripts' records."""
+    return soak_table(sources), tied_merge_table(sources), prompt_states_table(sources), arithmetic_table(sources)
+
+
+def soak_table(sources: Sequence[Source]) -> Table:
+    """A server under mixed requests: one row a record."""
+    body: list[list[Cell | str]] = []
+    for source in of_kind(sources, "serve-soak"):
+        found = source.record.results
+        first, memory = found["first_token_seconds"], found["memory_bytes"]
+        body.append([
+            _named(source.label, source), duration(found["seconds"]),
+            Cell(f"{found['requests']:,}", f"{found['kinds_of_request']:,} kinds"),
+            f"{sum(found['errors'].values()):,}", f"{found['wrong_texts']:,}", rate(found["requests_per_second"]),
+            rate(found["tokens_per_second"]),
+            Cell(milliseconds(1000 * first["median"]), f"99 %: {milliseconds(1000 * first['p99'])}"),
+            Cell(size(memory["peak"]), f"peak of the second quarter: {size(memory['second_quarter'])}"),
+        ])  # fmt: skip
+    columns = ("Model", "#Time", "#Requests", "#Errors", "#Wrong texts", "#Requests/s", "#Tokens/s", "#First token",
+               "#Peak memory")  # fmt: skip
+    about = "Mixed requests without pause; every text is held to what the engine writes alone."
+    return make_table("serve-soak", columns, body, title="The server under load", about=about)
+
+
+def tied_merge_table(sources: Sequence[Source]) -> Table:
+    """An adapter on a tied embedding, before and after the merge: one row a side and stage."""
+    body: list[list[Cell | str]] = [
+        [_named(row["side"], source), row["stage"], f"{row['answer_loss']:.4f}", f"{row['prose_perplexity']:.2f}"]
+        for source in of_kind(sources, "tied-merge")
+        for row in source.record.results["rows"]
+    ]
+    about = "An adapter on the tied embedding, merged by each side: a right merge changes neither figure."
+    columns = ("Side", "Stage", "#Loss of the answers", "#Perplexity of prose")
+    return make_table("tied-merge", columns, body, title="Merging into a tied embedding", about=about)
+
+
+def prompt_states_table(sources: Sequence[Source]) -> Table:
+    """Problems solved after prompts as text, compiled and tuned: one row a way."""
+    body: list[list[Cell | str]] = []
+    for source in of_kind(sources, "prompt-states"):
+        for name, row in source.record.results["rows"].items():
+            low, high = (100 * float(end) for end in row["wilson95"])
+            body.append([
+                _named(name, source), Cell(percent(row["accuracy"]), f"{low:.1f} to {high:.1f} %"),
+                f"{row['correct']:,} of {row['n']:,}", f"{row['prompt_tokens_read']:,}",
+            ])  # fmt: skip
+    columns = ("Prompt", "#Accuracy, 95 %", "#Right", "#Prompt tokens read")
+    return make_table("prompt-states", columns, body, title="Prompts as text and as states")
+
+
+def arithmetic_table(sources: Sequence[Source]) -> Table:
+    """States added and mixed: one row a mixture."""
+    body: list[list[Cell | str]] = []
+    for source in of_kind(sources, "state-arithmetic"):
+        for name, row in source.record.results["rows"].items():
+            error = number(row["standard_error"])
+            gain = f"{row['gain_a_problem']:+.2f}".replace("-", "−")
+            nats = f"{row['nats_a_token']:.3f}".replace("-", "−")
+            body.append([_named(name, source), nats, Cell(gain, f"standard error {error:.2f}" if error else "")])
+    columns = ("State", "#Nats a token", "#Gain a problem, nats")
+    return make_table("state-arithmetic", columns, body, title="Arithmetic of prompt states")
+
+
+def _named(name: str, source: Source) -> Cell:
+    return Cell(name, reference([source.number]).strip())
