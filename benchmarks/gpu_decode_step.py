@@ -153,12 +153,12 @@ def step(name: str, rows: int, copy_gb_s: float) -> dict[str, Any]:
             decoder.step(tokens)
             torch.cuda.synchronize()
             recorded = time.perf_counter() - began
-            [(graph, _)] = decoder._graphs.values()
+            [(replay_graph, _)] = decoder._graphs.values()
             assert (decoder.unfused is None) == (label != "modules"), decoder.unfused
 
-            def replay(graph: Any = graph) -> None:
+            def replay(replay_graph: Any = replay_graph) -> None:
                 for _ in range(20):
-                    graph.replay()
+                    replay_graph()
 
             graph_ms = statistics.median(time_ms(replay, DEVICE, repeats=7, warmup=2)) / 20
             torch.cuda.synchronize()
@@ -170,9 +170,9 @@ def step(name: str, rows: int, copy_gb_s: float) -> dict[str, Any]:
             whole = (time.perf_counter() - began) / 20
             results[label] = {
                 "graph_ms": graph_ms, "step_ms": 1e3 * whole, "queued_ms": 1e3 * queued,
-                "recording_seconds": recorded, "kernels": profile(graph.replay),
+                "recording_seconds": recorded, "kernels": profile(replay_graph),
             }  # fmt: skip
-        del decoder, graph, replay
+        del decoder, replay_graph, replay
         print("  ", label, {k: v for k, v in results[label].items() if k != "kernels"}, flush=True)
         free()
     return results
