@@ -80,10 +80,14 @@ class Decoder:
 
         Call it before a run. Steps need no such look at other parameters: kernels read them where they lie.
         """
-        for mixer in (module for module in self._base.modules() if isinstance(module, MambaMixer)):
-            A_log = mixer.A_log
-            if A_log.device.type == "cpu" and not torch.equal(mixer.decay(), -torch.exp(A_log)):
-                torch.autograd.graph.increment_version(A_log)
+        mixers = [module for module in self._base.modules() if isinstance(module, MambaMixer)]
+        if self._base.device.type != "cpu":  # one look at all layers: each is a wait for the GPU
+            now = -torch.exp(torch.stack([mixer.A_log for mixer in mixers]))
+            if torch.equal(torch.stack([mixer.decay() for mixer in mixers]), now):
+                return
+        for mixer in mixers:
+            if not torch.equal(mixer.decay(), -torch.exp(mixer.A_log)):
+                torch.autograd.graph.increment_version(mixer.A_log)
 
     def put(self, state: MambaState, slot: int, count: int) -> None:
         """Write ``state`` (one row) into ``count`` slots from ``slot`` on."""
