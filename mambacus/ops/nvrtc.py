@@ -216,7 +216,11 @@ class Launch:
         for name, tensor in tensors.items():
             if tensor is not None:
                 setattr(arguments, name, tensor.data_ptr())
-        self.program.kernel(self.kernel, self.shared_bytes, overlaps=self.overlaps)(self.grid, self.threads, arguments)
+        self._loaded(self.grid, self.threads, arguments)
+
+    @functools.cached_property
+    def _loaded(self) -> Kernel:
+        return self.program.kernel(self.kernel, self.shared_bytes, overlaps=self.overlaps)
 
 
 def macros(**values: float) -> tuple[str, ...]:
