@@ -113,7 +113,7 @@ class PromptPasses:
             return self._read(parts, state) if shape is None else self._read_filled(shape, parts, state)
         assert shape is not None
         for name, tensor in _filled(shape, parts).items():
-            recording.inputs[name].copy_(tensor)
+            recording.inputs[name].copy_(tensor, non_blocking=True)
         _begin(recording.state, state)
         recording.replay()
         self.counts["repeated"] += 1

@@ -216,11 +216,7 @@ class Launch:
         for name, tensor in tensors.items():
             if tensor is not None:
                 setattr(arguments, name, tensor.data_ptr())
-        self._loaded(self.grid, self.threads, arguments)
-
-    @functools.cached_property
-    def _loaded(self) -> Kernel:
-        return self.program.kernel(self.kernel, self.shared_bytes, overlaps=self.overlaps)
+        self.program.kernel(self.kernel, self.shared_bytes, overlaps=self.overlaps)(self.grid, self.threads, arguments)
 
 
 def macros(**values: float) -> tuple[str, ...]:
