@@ -4,16 +4,19 @@ Run from the repository: ``PYTHONPATH=. python benchmarks/gpu_decode_step.py --o
 ``check:130m:8`` holds a step of 8 rows of a random model to float64, beside the step of the model's modules;
 ``step:1.4b:8`` times a step as the decoder replays it, fused and not, and its kernels; ``kernels:1.4b:8`` times each
 kernel alone over all layers, with several tilings and torch's product beside it; ``engine:1.4b:8:2048:128`` times
-`Engine.generate` of 8 prompts of 2048 tokens and 128 new ones. Writes one JSON record named by date and GPU.
+`Engine.generate` of 8 prompts of 2048 tokens and 128 new ones; ``prefill:1.4b:8:16`` times reading 8 prompts of 16
+tokens, as it is and from a graph, and says where the host's time goes. Writes one JSON record named by date and GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import datetime
 import functools
 import gc
 import os
+import pstats
 import statistics
 import time
 from collections import defaultdict
@@ -29,6 +32,7 @@ from torch import Tensor
 from mambacus.inference import Engine, SamplingParams
 from mambacus.inference.decoder import Decoder
 from mambacus.inference.fused import step_weights
+from mambacus.inference.prompt_passes import PromptPasses
 from mambacus.measuring.timing import captured, ceilings, time_ms
 from mambacus.models import MambaLM, MambaState, load
 from mambacus.ops.decode_step import LayerWeights, StepWeights, decode_step, gpu
@@ -43,7 +47,9 @@ LONG = [f"engine:1.4b:{rows}:2048:128" for rows in (1, 8, 32, 128)]
 STEPS = ["step:130m:1"] + [f"step:1.4b:{rows}" for rows in (1, 8, 16, 32, 64, 128, 512)]
 CHECKS = ["check:130m:1", "check:130m:8", "check:130m:20", "check:130m:64", "check:1.4b:1", "check:1.4b:32"]
 KERNELS = [f"kernels:1.4b:{rows}" for rows in (1, 8, 16, 32, 64, 128, 512)] + ["kernels:130m:1"]
-CASES = [*CHECKS, *STEPS, *KERNELS, *LONG, *SHORT]
+PREFILLS = [f"prefill:1.4b:{rows}:16" for rows in (1, 64, 512)] + ["prefill:130m:1:16"]
+PREFILLS += [f"prefill:1.4b:1:{tokens}" for tokens in (17, 1500, 2048, 4096)]
+CASES = [*CHECKS, *STEPS, *KERNELS, *PREFILLS, *LONG, *SHORT]
 TILINGS = {  # tiles of 16 outputs, warps, ring, blocks of a multiprocessor; by tiles of 8 rows
     1: [(1, 8, 8, 2), (1, 8, 4, 4), (1, 4, 8, 4), (2, 8, 4, 2), (1, 16, 8, 1), (2, 4, 8, 2)],
     8: [(1, 8, 2, 1), (1, 16, 2, 1), (2, 8, 2, 1), (4, 8, 1, 1)],
@@ -153,12 +159,12 @@ def step(name: str, rows: int, copy_gb_s: float) -> dict[str, Any]:
             decoder.step(tokens)
             torch.cuda.synchronize()
             recorded = time.perf_counter() - began
-            [(graph, _)] = decoder._graphs.values()
+            [(replay_graph, _)] = decoder._graphs.values()
             assert (decoder.unfused is None) == (label != "modules"), decoder.unfused
 
-            def replay(graph: Any = graph) -> None:
+            def replay(replay_graph: Any = replay_graph) -> None:
                 for _ in range(20):
-                    graph.replay()
+                    replay_graph()
 
             graph_ms = statistics.median(time_ms(replay, DEVICE, repeats=7, warmup=2)) / 20
             torch.cuda.synchronize()
@@ -170,9 +176,9 @@ def step(name: str, rows: int, copy_gb_s: float) -> dict[str, Any]:
             whole = (time.perf_counter() - began) / 20
             results[label] = {
                 "graph_ms": graph_ms, "step_ms": 1e3 * whole, "queued_ms": 1e3 * queued,
-                "recording_seconds": recorded, "kernels": profile(graph.replay),
+                "recording_seconds": recorded, "kernels": profile(replay_graph),
             }  # fmt: skip
-        del decoder, graph, replay
+        del decoder, replay_graph, replay
         print("  ", label, {k: v for k, v in results[label].items() if k != "kernels"}, flush=True)
         free()
     return results
@@ -318,6 +324,63 @@ def engine(name: str, rows: int, prompt: int, new: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@torch.no_grad()
+def prefill(name: str, rows: int, tokens: int) -> dict[str, Any]:
+    """Return milliseconds of reading prompts as it is and from a graph, until all is queued and until it is done."""
+    model = model_of(name)
+    prompts = torch.randint(2, 50000, (rows, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    results: dict[str, Any] = {}
+    logits = []
+    for label in ("eager", "graph"):
+        passes = PromptPasses(model, model, graphs=label == "graph")
+        run = functools.partial(passes.run, prompts, None)
+        before = torch.cuda.memory_reserved()
+        began = time.perf_counter()
+        for _ in range(3):  # compiles, and records at the second one
+            logits.append(run().logits)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        queued, done = [], []
+        for _ in range(11):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            read = run()
+            queued.append(1e3 * (time.perf_counter() - began))
+            torch.cuda.synchronize()
+            done.append(1e3 * (time.perf_counter() - began))
+            del read
+        results[label] = {
+            "host_ms": statistics.median(queued), "wall_ms": statistics.median(done), "wall_samples_ms": done,
+            "first_three_seconds": seconds, "reserved_bytes": torch.cuda.memory_reserved() - before,
+            "counts": dict(passes.counts), "functions": host_functions(run), "kernels": profile(run),
+        }  # fmt: skip
+        shown = {k: v for k, v in results[label].items() if k not in ("functions", "kernels", "wall_samples_ms")}
+        print("  ", label, shown, flush=True)
+        del passes, run
+        free()
+    results["logits_differ"] = ((logits[-1] - logits[0]).norm() / logits[0].norm()).item()
+    for row in results["eager"]["functions"]:
+        print("  ", row, flush=True)
+    return results
+
+
+def host_functions(run: Callable[[], Any], times: int = 5) -> list[dict[str, Any]]:
+    """Return the functions in which the host spends most time, for one call; the profiler makes all slower."""
+    profiler = cProfile.Profile()
+    for _ in range(times):
+        torch.cuda.synchronize()
+        profiler.enable()
+        run()
+        profiler.disable()
+    found = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    ordered = sorted(found.items(), key=lambda item: -item[1][2])[:25]
+    return [
+        {"function": f"{Path(file).name}:{line} {name}", "calls": calls / times, "own_ms": round(1e3 * own / times, 3),
+         "all_ms": round(1e3 * every / times, 3)}
+        for (file, line, name), (_, calls, own, every, _) in ordered
+    ]  # fmt: skip
+
+
 def free() -> None:
     """Give memory back."""
     gc.collect()
@@ -346,7 +409,7 @@ def main() -> None:
             if kind == "step":
                 result: Any = step(name, sizes[0], ceiling["copy_gb_s"])
             else:
-                result = {"check": check, "kernels": kernels, "engine": engine}[kind](name, *sizes)
+                result = {"check": check, "kernels": kernels, "engine": engine, "prefill": prefill}[kind](name, *sizes)
         except (RuntimeError, UserError, AssertionError, ValueError, TypeError, LookupError, AttributeError) as error:
             result = {"error": str(error)[:2000]}
         rows.append({"case": case, "result": result})

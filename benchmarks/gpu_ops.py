@@ -67,7 +67,7 @@ def compile_ahead(run: Callable[[], Any]) -> None:
     wanted: set[nvrtc.Program] = set()
     real = nvrtc.Program.kernel
 
-    def note(program: nvrtc.Program, name: str, shared_bytes: int = 0) -> Callable[..., None]:
+    def note(program: nvrtc.Program, *args: Any, **options: Any) -> Callable[..., None]:
         wanted.add(program)
         return lambda *_: None
 

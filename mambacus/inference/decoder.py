@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import logging
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from mambacus.models.mamba import MambaMixer
 from mambacus.models.primed import PrimedModel
 from mambacus.ops.decode_step import decode_step
 from mambacus.ops.tape import Tape
+from mambacus.runtime.graphs import CudaRecorder
 
 _log = logging.getLogger(__name__)
 
@@ -63,10 +65,11 @@ class Decoder:
         self._base, self.capacity = base, capacity
         self._pool: MambaState | None = None
         self._graphs_wanted = graphs and self._model is base
-        self._graphs: dict[int, tuple[Any, Tensor]] = {}  # bucket -> graph, the logits it writes
+        self._graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}  # bucket -> its replay, the logits it writes
         self._tapes: dict[int, Taped | None] = {}  # rows -> None after the first step
         self._watch: Watch | None = None  # the model that the tapes are of
-        self._graph_memory: Any = None  # shared: one step's numbers are read before the next one's are written
+        # Its graphs share memory: one step's numbers are read before the next one's are written.
+        self._recorder: CudaRecorder | None = None
         self._input: Tensor | None = None
         self.unfused: str | None = None
         self._weights = (0, torch.device("cpu"), torch.float32)
@@ -77,10 +80,14 @@ class Decoder:
 
         Call it before a run. Steps need no such look at other parameters: kernels read them where they lie.
         """
-        for mixer in (module for module in self._base.modules() if isinstance(module, MambaMixer)):
-            A_log = mixer.A_log
-            if A_log.device.type == "cpu" and not torch.equal(mixer.decay(), -torch.exp(A_log)):
-                torch.autograd.graph.increment_version(A_log)
+        mixers = [module for module in self._base.modules() if isinstance(module, MambaMixer)]
+        if self._base.device.type != "cpu":  # one look at all layers: each is a wait for the GPU
+            now = -torch.exp(torch.stack([mixer.A_log for mixer in mixers]))
+            if torch.equal(torch.stack([mixer.decay() for mixer in mixers]), now):
+                return
+        for mixer in mixers:
+            if not torch.equal(mixer.decay(), -torch.exp(mixer.A_log)):
+                torch.autograd.graph.increment_version(mixer.A_log)
 
     def put(self, state: MambaState, slot: int, count: int) -> None:
         """Write ``state`` (one row) into ``count`` slots from ``slot`` on."""
@@ -178,12 +185,12 @@ class Decoder:
         assert self._input is not None
         if size not in self._graphs:
             self._graphs[size] = self._record(size)
-        graph, logits = self._graphs[size]
+        replay, logits = self._graphs[size]
         self._input[:rows] = tokens
-        graph.replay()
+        replay()
         return logits[:rows]
 
-    def _record(self, size: int) -> tuple[Any, Tensor]:
+    def _record(self, size: int) -> tuple[Callable[[], None], Tensor]:
         """Record the step of ``size`` rows; the states are as before afterwards."""
         assert self._pool is not None and self._input is not None
         state, inputs = _first(self._pool, size), self._input[:size]
@@ -197,20 +204,14 @@ class Decoder:
                 return self._run(inputs[:, None], state)
             return decode_step(weights, inputs, state.conv_state, state.ssm_state, state.tokens, backend="cuda")
 
-        stream = torch.cuda.Stream(inputs.device)
-        stream.wait_stream(torch.cuda.current_stream(inputs.device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compile and load every kernel, make the libraries' workspaces
-                step()
-        torch.cuda.current_stream(inputs.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        self._graph_memory = self._graph_memory or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._graph_memory):
-            logits = step()
+        self._recorder = self._recorder or CudaRecorder(inputs.device)
+        for _ in range(2):  # compile and load every kernel, make the libraries' workspaces
+            self._recorder.warm_up(step)
+        recording = self._recorder.record(step)
         state.conv_state.copy_(before.conv_state)
         state.ssm_state.copy_(before.ssm_state)
         state.tokens.copy_(before.tokens)
-        return graph, logits
+        return recording
 
 
 def _first(pool: MambaState, rows: int) -> MambaState:

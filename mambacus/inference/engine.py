@@ -14,6 +14,7 @@ from torch import nn
 from mambacus.inference.completion import Completion, Piece
 from mambacus.inference.decoder import Decoder
 from mambacus.inference.prefix_cache import PrefixCache
+from mambacus.inference.prompt_passes import PromptPasses
 from mambacus.inference.reading import Request, read_alone
 from mambacus.inference.sampling import SamplingParams
 from mambacus.inference.scheduler import Scheduler
@@ -37,6 +38,7 @@ class Engine:
             reading does not grow with the prompt.
         prefix_cache_bytes: remember so many bytes of states, so that prompts which begin as earlier ones did are read
             from there; 0 remembers nothing.
+        graphs: on a GPU, record decoding steps and passes over prompts as CUDA graphs where the model allows it.
 
     Attributes:
         stats: `EngineStats`, counted over all calls.
@@ -52,6 +54,7 @@ class Engine:
         batch_size: int = 16,
         prefill_tokens: int = 4096,
         prefix_cache_bytes: int = 0,
+        graphs: bool = True,
     ) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         if not isinstance(base, MambaLM):
@@ -66,7 +69,9 @@ class Engine:
         self.on_read: Callable[[int], None] | None = None
         self._base = base
         self._eos = _eos_ids(base, tokenizer)
+        self._graphs = graphs
         self._decoder: Decoder | None = None  # kept between calls with its memory and graphs
+        self._passes: PromptPasses | None = None  # as well
 
     def generate(
         self,
@@ -156,10 +161,12 @@ class Engine:
 
     def scheduler(self) -> Scheduler:
         """Return what runs requests step by step, as a server needs it; it has rows of its own."""
-        decoder, self._decoder = self._decoder or Decoder(self.model, self._base, self.batch_size), None
+        decoder, passes = self._decoder, self._passes or self._new_passes()
+        decoder = decoder or Decoder(self.model, self._base, self.batch_size, graphs=self._graphs)
+        self._decoder = self._passes = None
         decoder.begin()
         scheduler = Scheduler(
-            self.model, self._base, decoder, self.tokenizer, self._eos, self.prefill_tokens, self.prefix_cache,
+            self.model, self._base, decoder, passes, self.tokenizer, self._eos, self.prefill_tokens, self.prefix_cache,
             self.stats,
         )  # fmt: skip
         scheduler.on_read = self.on_read
@@ -173,8 +180,9 @@ class Engine:
         """
         ids = self.encode(prompt, continues=state is not None)
         state = self._fit(state, 1) if state is not None else None
+        self._passes = self._passes or self._new_passes()
         with torch.no_grad(), self._evaluating():
-            for count, after in read_alone(self.model, self._base, ids, state, self.prefill_tokens):
+            for count, after in read_alone(self._passes, ids, state, self.prefill_tokens):
                 state = after
                 self.stats.prompt_tokens += count
                 if self.on_read is not None:
@@ -263,7 +271,10 @@ class Engine:
                     pieces = scheduler.step()
                 yield from pieces
         finally:
-            self._decoder = scheduler.decoder
+            self._decoder, self._passes = scheduler.decoder, scheduler.passes
+
+    def _new_passes(self) -> PromptPasses:
+        return PromptPasses(self.model, self._base, graphs=self._graphs)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

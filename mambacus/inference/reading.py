@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mambacus.inference.completion import TokenScore
 from mambacus.inference.prefix_cache import PrefixCache
+from mambacus.inference.prompt_passes import PromptPasses
 from mambacus.inference.sampling import SamplingParams, generator_for
 from mambacus.models import MambaLM, MambaState
 from mambacus.models.primed import PrimedModel
@@ -94,6 +95,7 @@ class Reader:
     Args:
         model: what reads: a `MambaLM` or a ``peft.PeftModel``.
         base: the `MambaLM` in it.
+        passes: does the forward passes, but for prompts whose tokens are scored.
         most_tokens: most tokens of one forward pass.
         cache: states of texts that were read before, or None.
         on_read: called with the number of tokens that each pass has read.
@@ -103,11 +105,12 @@ class Reader:
         self,
         model: nn.Module,
         base: MambaLM,
+        passes: PromptPasses,
         most_tokens: int,
         cache: PrefixCache | None,
         on_read: Callable[[int], None],
     ) -> None:
-        self._model, self._base, self._most_tokens = model, base, most_tokens
+        self._model, self._base, self._run, self._most_tokens = model, base, passes.run, most_tokens
         self._cache, self._on_read = cache, on_read
         self._waiting: deque[_Reading] = deque()
         self._passes: Iterator[None] | None = None
@@ -199,7 +202,7 @@ class Reader:
         while active := sum(len(part) > start for part in parts):
             width = max(1, self._most_tokens // active)
             chunk = [part[start : start + width] for part in parts[:active]]
-            out = self._model(**_pad(chunk, self._base.device), state=state)
+            out = self._run(chunk, state)
             staying = sum(len(part) > start + width for part in parts)
             for row, item in enumerate(group[:staying]):
                 item.position, item.state = item.position + width, out.state.narrow(row, 1)
@@ -250,13 +253,12 @@ class Reader:
 
 
 def read_alone(
-    model: nn.Module, base: MambaLM, ids: Sequence[int], state: MambaState | None, most_tokens: int
+    passes: PromptPasses, ids: Sequence[int], state: MambaState | None, most_tokens: int
 ) -> Iterator[tuple[int, MambaState]]:
     """Read ``ids`` in chunks of ``most_tokens``; yield after each its length and the state."""
     for start in range(0, len(ids), most_tokens):
         chunk = ids[start : start + most_tokens]
-        out = model(**_pad([chunk], base.device), state=state)
-        state = out.state
+        state = passes.run([chunk], state).state
         yield len(chunk), state
 
 
@@ -273,15 +275,3 @@ def score_tokens(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenS
 
 def _scored(request: Request) -> bool:
     return request.params.prompt_logprobs
-
-
-def _pad(parts: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor | None]:
-    """Return the inputs for rows of tokens padded on the right, and the position of each row's last token."""
-    width = max(map(len, parts))
-    ragged = min(map(len, parts)) < width
-    seq_idx = [[0] * len(part) + [-1] * (width - len(part)) for part in parts] if ragged else None
-    return {
-        "input_ids": torch.tensor([[*part, *[0] * (width - len(part))] for part in parts], device=device),
-        "seq_idx": None if seq_idx is None else torch.tensor(seq_idx, dtype=torch.int32, device=device),
-        "logits_at": torch.tensor([[len(part) - 1] for part in parts], device=device),
-    }

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mambacus.inference.completion import Completion, Piece, TokenScore
 from mambacus.inference.decoder import Decoder
 from mambacus.inference.prefix_cache import PrefixCache
+from mambacus.inference.prompt_passes import PromptPasses
 from mambacus.inference.reading import Reader, Ready, Request, score_tokens
 from mambacus.inference.sampling import SamplingParams, choose_tokens, send
 from mambacus.inference.stats import EngineStats
@@ -94,6 +95,7 @@ class Scheduler:
         model: a `MambaLM`, or a ``peft.PeftModel`` around one.
         base: the `MambaLM` in it.
         decoder: holds the rows; no other scheduler may use it meanwhile.
+        passes: does the forward passes over prompts; no other scheduler may use it meanwhile.
         tokenizer: a transformers tokenizer or None.
         eos: tokens that end a text.
         prefill_tokens: most tokens read between two decoding steps.
@@ -102,6 +104,7 @@ class Scheduler:
 
     Attributes:
         decoder: as given.
+        passes: as given.
         on_read: called with the number of prompt tokens that each pass has read.
     """
 
@@ -110,16 +113,17 @@ class Scheduler:
         model: nn.Module,
         base: MambaLM,
         decoder: Decoder,
+        passes: PromptPasses,
         tokenizer: object,
         eos: set[int],
         prefill_tokens: int,
         cache: PrefixCache | None,
         stats: EngineStats,
     ) -> None:
-        self._model, self._base, self.decoder, self._tokenizer = model, base, decoder, tokenizer
+        self._model, self._base, self.decoder, self.passes, self._tokenizer = model, base, decoder, passes, tokenizer
         self._eos, self._cache, self._stats = eos, cache, stats
         self._incoming: deque[Request] = deque()
-        self._reader = Reader(model, base, prefill_tokens, cache, self._count_read)
+        self._reader = Reader(model, base, passes, prefill_tokens, cache, self._count_read)
         self._rows: list[_Row] = []
         self._logits: Tensor | None = None  # float32 (rows, vocabulary), after each row's last token
         self._queued: _Block | None = None  # not looked at yet

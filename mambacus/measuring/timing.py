@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mambacus.measuring.cases import Case
+from mambacus.runtime.graphs import CudaRecorder
 
 
 def time_ms(step: Callable[[], object], device: torch.device, *, repeats: int, warmup: int) -> list[float]:
@@ -30,16 +31,11 @@ def time_ms(step: Callable[[], object], device: torch.device, *, repeats: int, w
 
 def captured(step: Callable[[], object]) -> Callable[[], object]:
     """Return the replay of a step of fixed shapes as a CUDA graph: its kernels without the time to launch them."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    recorder = CudaRecorder(torch.device("cuda"))
+    for _ in range(2):
+        recorder.warm_up(step)
+    replay, _ = recorder.record(step)
+    return replay
 
 
 def _synchronise(device: torch.device) -> None:

@@ -50,7 +50,7 @@ from mambacus.ops import (
     selective_state_update,
     twins,
 )
-from mambacus.ops.dispatch import runs_eagerly_on_cpu
+from mambacus.ops.dispatch import tells_changes
 
 
 class MambaOutput(NamedTuple):
@@ -208,9 +208,9 @@ class MambaMixer(_KeepsFloat32):
         return self.out_proj(y), conv_state, ssm_state  # (batch, seqlen, d_model)
 
     def decay(self) -> Tensor:
-        """Return A = -exp(A_log); where no gradient is wanted on a CPU, it is kept until A_log changes."""
+        """Return A = -exp(A_log); where no gradient is wanted, it is kept until A_log changes."""
         A_log = self.A_log
-        if torch.is_grad_enabled() or A_log.is_inference() or not runs_eagerly_on_cpu(A_log):
+        if not tells_changes(A_log):
             return -torch.exp(A_log)
         source = (A_log.data_ptr(), A_log._version)
         if self._decay is None or self._decay[0] is not A_log or self._decay[1] != source:
@@ -289,6 +289,7 @@ class Backbone(nn.Module):
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         mixed = None
+        in_place = reuse_state and seq_idx is None and input_ids.shape[1] == 1  # each block writes its own state
         conv_states, ssm_states = [], []
         for index, block in enumerate(self.layers):
             before = (None, None) if state is None else (state.conv_state[index], state.ssm_state[index])
@@ -297,13 +298,16 @@ class Backbone(nn.Module):
                     block, residual, mixed, seq_idx, *before, use_reentrant=False
                 )
             else:
-                residual, mixed, conv_state, ssm_state = block(residual, mixed, seq_idx, *before, reuse_state)
+                residual, mixed, conv_state, ssm_state = block(residual, mixed, seq_idx, *before, in_place)
             conv_states.append(conv_state)
             ssm_states.append(ssm_state)
         hidden, _ = self.norm_f(residual, mixed)
-        if reuse_state and state is not None:
-            return hidden, state.conv_state, state.ssm_state
-        return hidden, torch.stack(conv_states), torch.stack(ssm_states)
+        if not reuse_state or state is None:
+            return hidden, torch.stack(conv_states), torch.stack(ssm_states)
+        if not in_place:
+            torch.stack(conv_states, out=state.conv_state)
+            torch.stack(ssm_states, out=state.ssm_state)
+        return hidden, state.conv_state, state.ssm_state
 
 
 class MambaLM(nn.Module):
@@ -412,8 +416,8 @@ class MambaLM(nn.Module):
                 scored are -100, the first token of a document, and padding.
             logits_at: int64 (batch, k), positions whose logits are wanted; all if None. Excludes ``labels``.
             loss_only: compute logits only where there is a label, and do not return them.
-            reuse_state: ``state`` is needed no more: where one token a row is read without gradients, the new state
-                takes its memory, which saves decoding a copy of all states at every token.
+            reuse_state: ``state`` is needed no more: where no gradients are wanted, the new state takes its memory,
+                which saves decoding a copy of all states at every token.
             num_items_in_batch: divide the summed loss by this number of tokens instead of their number here: the name
                 under which transformers' Trainer passes the count over all accumulated batches.
             foreign: arguments of other models that PEFT passes as None.
@@ -430,8 +434,7 @@ class MambaLM(nn.Module):
             raise TypeError(f"MambaLM.forward: unknown argument {', '.join(unknown)}; masks are expressed by seq_idx")
         self._check(input_ids, seq_idx, state, labels, logits_at)
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
-        reuse_state = reuse_state and state is not None and seq_idx is None and input_ids.shape[1] == 1
-        reuse_state = reuse_state and not torch.is_grad_enabled()
+        reuse_state = reuse_state and state is not None and not torch.is_grad_enabled()
         hidden, conv_state, ssm_state = self.backbone(input_ids, seq_idx, state, checkpointing, reuse_state)
         new_state = MambaState(conv_state, ssm_state, count_tokens(input_ids, seq_idx, state))
         if labels is None:

@@ -91,3 +91,18 @@ def runs_eagerly_on_gpu(tensor: Tensor) -> bool:
 def runs_eagerly_on_cpu(tensor: Tensor) -> bool:
     """Tell whether a kernel may be called on ``tensor`` past torch's dispatcher: real CPU memory, nothing traces."""
     return tensor.is_cpu and type(tensor) in _PLAIN and not torch.compiler.is_compiling()
+
+
+def tells_changes(tensor: Tensor) -> bool:
+    """Tell whether what is computed from a parameter now may be kept, since torch counts the changes of it.
+
+    Not if something is recorded that will read the parameter again, nor if processes may share it out, which write
+    into its memory without counting.
+    """
+    if torch.is_grad_enabled() or tensor.is_inference():
+        return False
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False
+    if runs_eagerly_on_gpu(tensor):
+        return not torch.cuda.is_current_stream_capturing()
+    return runs_eagerly_on_cpu(tensor)

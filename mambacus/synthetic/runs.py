@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from mambacus.runtime.errors import UserError
+from mambacus.runtime.graphs import CudaRecorder
 from mambacus.synthetic.arms import Arm, build, size_mamba, size_transformer
 from mambacus.synthetic.examples import Examples, held_out, mixed_rows, training_sets
 from mambacus.synthetic.recipe import ArmSettings, Recipe, TaskEntry
 from mambacus.synthetic.tasks import IGNORE
 from mambacus.synthetic.training import Plan, rows_of_step, score, train
-from mambacus.tuning.graphs import CudaRecorder
 
 DATA_SEED = 0  # of all rows: seeds of runs decide weights and order
 TUNING_SEED = 1000  # of the runs that choose a rate, so that no seed that is reported has chosen it

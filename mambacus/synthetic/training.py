@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambacus.runtime.graphs import Recorder
 from mambacus.synthetic.arms import Learner
 from mambacus.synthetic.examples import Examples, answers_right
 from mambacus.synthetic.tasks import IGNORE
-from mambacus.tuning.graphs import Recorder
 from mambacus.tuning.optimiser import parameter_groups, rate_factor
 
 CURVE_POINTS = 20
@@ -177,6 +177,7 @@ def train(learner: Learner, sets: Sequence[Examples], plan: Plan, recorder: Reco
             repeats[place]()
         else:
             steps.take(place)
+    torch.autograd.graph.increment_version([*learner.parameters()])  # torch does not count what a graph changes
     history = steps.losses.tolist()  # waits for the device
     seconds = time.perf_counter() - began
     lengths = [rows.input_ids.shape[1] for rows in sets]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mambacus.models import MambaLM
 from mambacus.runtime.errors import UserError
+from mambacus.runtime.graphs import Recorder
 from mambacus.tuning import processes
 from mambacus.tuning.peft_methods import base_of
 
@@ -84,42 +85,6 @@ def _untried(model: nn.Module) -> str | None:
         if kind != "LORA" or config.use_dora:
             return f"not tried with {'DoRA' if kind == 'LORA' else kind}"
     return None
-
-
-class Recorder(Protocol):
-    """Makes a recording of a pass."""
-
-    def warm_up(self, run: Callable[[], Tensor]) -> None:
-        """Run once so that all kernels are there, without a trace in the random numbers."""
-
-    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Return what repeats ``run``, and the memory of its result."""
-
-
-class CudaRecorder:
-    """Records CUDA graphs, which share their memory: one runs at a time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool: Any = None
-
-    def warm_up(self, run: Callable[[], Tensor]) -> None:
-        """Run on another stream, as recording will."""
-        place = torch.cuda.get_rng_state(self._device)
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        torch.cuda.set_rng_state(place, self._device)
-
-    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Record ``run``, which is not carried out."""
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = run()
-        return graph.replay, result
 
 
 @dataclasses.dataclass

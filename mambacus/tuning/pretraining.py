@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mambacus.models import MambaLM
 from mambacus.runtime.errors import UserError
+from mambacus.runtime.graphs import CudaRecorder
 from mambacus.runtime.memory import PeakMemory
 from mambacus.tuning import graphs
 from mambacus.tuning.audit import TrainingStoppedError
@@ -174,7 +175,7 @@ class Pretraining:
             self._graph = graphs.Choice(False, "--compile")
         self._passes: graphs.Passes | None = None
         if self._graph.used:
-            recorder = graphs.CudaRecorder(self.device)
+            recorder = CudaRecorder(self.device)
             self._passes = graphs.Passes(self._pass, model, [*model.parameters()], {}, recorder)
         self.step = 0
         self.seconds = 0.0

@@ -21,6 +21,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from mambacus.runtime.device import has_bfloat16
 from mambacus.runtime.errors import UserError
+from mambacus.runtime.graphs import CudaRecorder
 from mambacus.runtime.memory import PeakMemory
 from mambacus.tuning import frozen, graphs, processes, sharding
 from mambacus.tuning.audit import FrozenCheck, GradientAudit, TrainingStoppedError, first_bad_module, trainable
@@ -311,7 +312,7 @@ class MambaTrainer(Trainer):
             return loss.detach()
 
         if self._passes is None:
-            recorder = graphs.CudaRecorder(self.settings.device)
+            recorder = CudaRecorder(self.settings.device)
             self._passes = graphs.Passes(
                 run, base_of(self.learner.model), [*trainable(self.learner.model).values()], PADDING_VALUES, recorder
             )

@@ -11,6 +11,7 @@ from model_twins import assert_same_gradients, error, gradients, small_model, to
 from torch import Tensor
 
 from mambacus.models import MambaConfig, MambaLM, MambaState
+from mambacus.ops import dispatch
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "auto"])
 
@@ -116,7 +117,7 @@ def test_token_by_token_equals_one_pass(backend: str) -> None:
 
 
 @BACKENDS
-def test_a_state_that_may_be_reused_is_changed_in_place_where_tokens_come_one_by_one(backend: str) -> None:
+def test_a_state_that_may_be_reused_is_changed_in_place(backend: str) -> None:
     model = small_model(backend=backend)
     ids = tokens(3, 9)
     given, mine = (model(ids[:, :3]).state.detach().fork(1) for _ in range(2))
@@ -128,9 +129,13 @@ def test_a_state_that_may_be_reused_is_changed_in_place_where_tokens_come_one_by
             for name in ("conv_state", "ssm_state", "tokens"):
                 assert torch.equal(getattr(out.state, name), getattr(want.state, name))
             given, mine = want.state, out.state
-    before = mine.ssm_state.clone()
-    with torch.no_grad():
-        model(ids, state=mine, reuse_state=True)  # several tokens at once
+        seq_idx = torch.tensor([[0] * 4 + [-1] * 5, [0] * 9, [-1] * 9])
+        want, out = (model(ids, seq_idx, state=each, reuse_state=each is mine) for each in (given, mine))
+        assert out.state.ssm_state.data_ptr() == mine.ssm_state.data_ptr()
+        assert torch.equal(out.logits, want.logits) and torch.equal(out.state.tokens, want.state.tokens)
+        assert torch.equal(mine.conv_state, want.state.conv_state)
+        assert torch.equal(mine.ssm_state, want.state.ssm_state)
+        before = mine.ssm_state.clone()
     model(ids[:, :1], state=mine, reuse_state=True)  # gradients may be wanted
     assert torch.equal(mine.ssm_state, before)
 
@@ -420,3 +425,27 @@ def test_initialisation_is_the_papers() -> None:
         assert 0.95 * bound < mixer.out_proj.weight.abs().max() <= bound
     logits = model(tokens(1, 8, vocabulary=500)).logits
     assert logits.std() < 1.0
+
+
+def test_decay_is_kept_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = small_model().backbone.layers[0].mixer
+    with torch.no_grad():
+        kept = mixer.decay()
+        assert mixer.decay() is kept
+        mixer.A_log.add_(0.5)
+        assert torch.equal(mixer.decay(), -torch.exp(mixer.A_log)) and mixer.decay() is not kept
+        mixer.A_log = torch.nn.Parameter(mixer.A_log.clone())
+        assert mixer.decay() is mixer.decay()
+    assert mixer.decay() is not mixer.decay() and mixer.decay().requires_grad
+    with torch.no_grad():
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)  # another process may write into it
+        assert mixer.decay() is not mixer.decay()
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_decay_is_kept_on_a_gpu_but_not_in_what_is_recorded(monkeypatch: pytest.MonkeyPatch, capturing: bool) -> None:
+    mixer = small_model().backbone.layers[0].mixer
+    monkeypatch.setattr(dispatch, "runs_eagerly_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with torch.no_grad():
+        assert (mixer.decay() is mixer.decay()) == (not capturing)

@@ -181,6 +181,24 @@ def test_conv_takes_a_gradient_in_two_parts(dtype: torch.dtype, alike: bool) -> 
     hold_conv(conv.forward, backward, inputs, seq_idx=seq_idx)
 
 
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)], ids=str)
+def test_conv_reads_taps_and_bias_in_their_own_dtype(types: tuple[torch.dtype, torch.dtype]) -> None:
+    inputs = conv_inputs((2, 45, 20, 4), torch.bfloat16)
+    x, weight, bias, state = (
+        inputs["x"],
+        inputs["weight"].to(types[0]),
+        inputs["bias"].to(types[1]),
+        inputs["initial_state"],
+    )
+    narrow, wide = (weight, bias), (weight.float(), bias.float())
+    grad = torch.randn(x.shape).to(x.dtype)
+    for one, other in zip(conv.forward(x, *narrow, True, None, state), conv.forward(x, *wide, True, None, state),
+                          strict=True):  # fmt: skip
+        assert torch.equal(one, other)
+    back = [conv.backward(grad, None, x, *each, True, None, state) for each in (narrow, wide)]
+    assert all(map(torch.equal, *back))
+
+
 @pytest.mark.parametrize("plan", [conv.Plan(4, 4, 32), conv.Plan(2, 8, 16), conv.Plan(1, 1, 128)], ids=str)
 def test_conv_launches(plan: conv.Plan) -> None:
     inputs = conv_inputs((2, 70, 20, 4), torch.bfloat16)

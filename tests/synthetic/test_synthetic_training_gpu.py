@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mambacus.runtime.graphs import CudaRecorder
 from mambacus.synthetic.arms import build, size_mamba, size_transformer
 from mambacus.synthetic.examples import training_sets
 from mambacus.synthetic.tasks import make_task
 from mambacus.synthetic.training import Plan, train
-from mambacus.tuning.graphs import CudaRecorder
 
 pytestmark = pytest.mark.gpu
 

@@ -170,7 +170,7 @@ def test_training_by_recorded_passes_is_the_same(
     def make(self: Any, *args: Any) -> None:
         made(self, *args)
         fake = FakeRecorder([*trainable(self.learner.model).values()])
-        monkeypatch.setattr(graphs, "CudaRecorder", lambda device: fake)
+        monkeypatch.setattr(trainer_module, "CudaRecorder", lambda device: fake)
 
     monkeypatch.setattr(trainer_module.MambaTrainer, "__init__", make)
     recorded = run("recorded")

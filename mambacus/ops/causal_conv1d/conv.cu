@@ -7,13 +7,13 @@
 // the input j tokens before, lies in the row if j <= age. Beyond, the taps of the row's first document lie in the initial state,
 // column WIDTH - (j - age); those of other documents are zero.
 //
-// Macros: WIDTH, RUN, VEC; THREADS of a block, MIN_BLOCKS for each multiprocessor; X_TYPE, STATE_TYPE; HAS_BIAS, HAS_SEQ, HAS_STATE, HAS_FINAL, HAS_TWIN, SILU (0 or 1).
+// Macros: WIDTH, RUN, VEC; THREADS of a block, MIN_BLOCKS for each multiprocessor; X_TYPE, STATE_TYPE, WEIGHT_TYPE, BIAS_TYPE; HAS_BIAS, HAS_SEQ, HAS_STATE, HAS_FINAL, HAS_TWIN, SILU (0 or 1).
 
 #define AHEAD 4  // tokens loaded at once
 
 struct Args {
   const void *x, *grad_y, *grad_twin, *state, *grad_final;  // grad_twin: added to grad_y, which lies in memory alike
-  const float *weight, *bias;
+  const void *weight, *bias;
   const int* seq;
   void *y, *final_state, *grad_x, *grad_state;
   float* part;  // (batch, run, WIDTH + 1, d): gradients of weight and bias from one run
@@ -21,6 +21,14 @@ struct Args {
   int sxt, sgt, sot;  // strides of tokens, in bytes
   int batches, seqlen, d_inner;
 };
+
+__device__ __forceinline__ float weight_of(const Args& p, int d, int k) {
+  return load<WEIGHT_TYPE>(at<WEIGHT_TYPE>(p.weight, (long long)d * WIDTH + k))[0];
+}
+
+__device__ __forceinline__ float bias_of(const Args& p, int d) {
+  return HAS_BIAS ? load<BIAS_TYPE>(at<BIAS_TYPE>(p.bias, d))[0] : 0.0f;
+}
 
 struct Place {
   bool real, first;  // first: of the row's first document, so that the initial state lies before it
@@ -59,9 +67,9 @@ struct Channels {
         first_state((batch * p.d_inner + d) * WIDTH) {
 #pragma unroll
     for (int c = 0; c < VEC; c++) {
-      bias[c] = HAS_BIAS ? p.bias[d + c] : 0.0f;
+      bias[c] = bias_of(p, d + c);
 #pragma unroll
-      for (int k = 0; k < WIDTH; k++) weight[k][c] = p.weight[(long long)(d + c) * WIDTH + k];
+      for (int k = 0; k < WIDTH; k++) weight[k][c] = weight_of(p, d + c, k);
     }
   }
   __device__ __forceinline__ float state_at(int column, int c) const {
@@ -239,15 +247,15 @@ extern "C" __global__ void conv_backward_state(const Args p) {
     const int row = first + age;
     if (row >= p.seqlen || (HAS_SEQ && __ldg(seq + row) != __ldg(seq + first))) break;
     inputs[WIDTH + age] = load<X_TYPE>(x, row, p.sxt)[0];
-    float sum = HAS_BIAS ? p.bias[d] : 0.0f;
+    float sum = bias_of(p, d);
 #pragma unroll
-    for (int j = 0; j < WIDTH; j++) sum = fmaf(p.weight[(long long)d * WIDTH + WIDTH - 1 - j], inputs[WIDTH + age - j], sum);
+    for (int j = 0; j < WIDTH; j++) sum = fmaf(weight_of(p, d, WIDTH - 1 - j), inputs[WIDTH + age - j], sum);
     const float grad = before_silu(load<X_TYPE>(grad_y, row, p.sgt)[0], sum);
     const bool to_final = HAS_FINAL && is_last(seq, row, p.seqlen);
 #pragma unroll
     for (int j = age + 1; j < WIDTH; j++) {
       const float last = to_final ? load<X_TYPE>(at<X_TYPE>(p.grad_final, own + WIDTH - 1 - j))[0] : 0.0f;
-      total[WIDTH - (j - age)] += fmaf(p.weight[(long long)d * WIDTH + WIDTH - 1 - j], grad, last);
+      total[WIDTH - (j - age)] += fmaf(weight_of(p, d, WIDTH - 1 - j), grad, last);
     }
   }
 #pragma unroll

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mambacus.ops import nvrtc
-from mambacus.ops.nvrtc import TYPES, Launch, Layout, Program, channels_last, parameter
+from mambacus.ops.nvrtc import TYPES, Launch, Layout, Program, channels_last
 
 MAX_WIDTH = 16
 MAX_ROWS = 65535
@@ -87,8 +87,9 @@ class Case(NamedTuple):
     grad_y: Layout | None
     grad_x: Layout | None
     width: int
+    weight_type: torch.dtype
+    bias_type: torch.dtype | None
     state_type: torch.dtype
-    has_bias: bool
     has_seq: bool
     has_state: bool
     has_final: bool
@@ -103,10 +104,9 @@ class Case(NamedTuple):
     ) -> Case:  # fmt: skip
         """Return the case of these tensors."""
         return Case(
-            nvrtc.layout(x), nvrtc.layout(grad_y), nvrtc.layout(grad_x), weight.shape[1],
-            x.dtype if state is None else state.dtype,
-            bias is not None, seq is not None, state is not None, final is not None,
-            twin is not None, silu, x.device.index,
+            nvrtc.layout(x), nvrtc.layout(grad_y), nvrtc.layout(grad_x), weight.shape[1], weight.dtype,
+            None if bias is None else bias.dtype, x.dtype if state is None else state.dtype, seq is not None,
+            state is not None, final is not None, twin is not None, silu, x.device.index,
         )  # fmt: skip
 
 
@@ -119,9 +119,10 @@ def _launch(case: Case, kernel: str, plan: Plan | None = None) -> Launch:
     run = plan.run if plan else run
     macros = nvrtc.macros(
         WIDTH=case.width, RUN=run, VEC=group, THREADS=_THREADS, MIN_BLOCKS=plan.blocks if plan else 1,
-        X_TYPE=TYPES[case.x.dtype], STATE_TYPE=TYPES[case.state_type],
-        HAS_BIAS=case.has_bias, HAS_SEQ=case.has_seq, HAS_STATE=case.has_state, HAS_FINAL=case.has_final,
-        HAS_TWIN=case.has_twin, SILU=case.silu,
+        X_TYPE=TYPES[case.x.dtype], STATE_TYPE=TYPES[case.state_type], WEIGHT_TYPE=TYPES[case.weight_type],
+        BIAS_TYPE=TYPES[case.bias_type or case.weight_type], HAS_BIAS=case.bias_type is not None,
+        HAS_SEQ=case.has_seq, HAS_STATE=case.has_state, HAS_FINAL=case.has_final, HAS_TWIN=case.has_twin,
+        SILU=case.silu,
     )  # fmt: skip
     numbers = {"batches": batch, "seqlen": seqlen, "d_inner": d_inner}
     numbers["sxb"], numbers["sxt"] = case.x.strides
@@ -136,6 +137,11 @@ def _launch(case: Case, kernel: str, plan: Plan | None = None) -> Launch:
     return Launch.of(program, kernel, grid, _THREADS, _Args, numbers)
 
 
+def _parameter(tensor: Tensor) -> Tensor:
+    """Return the taps or the bias as the kernels read them: in their own dtype, since a conversion is a launch."""
+    return (tensor if tensor.dtype in TYPES else tensor.float()).contiguous()
+
+
 def _ids(seq_idx: Tensor | None) -> Tensor | None:
     return None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
 
@@ -147,6 +153,7 @@ def forward(
     batch, seqlen, d_inner = x.shape
     width = weight.shape[1]
     x, seq, state = channels_last(x), _ids(seq_idx), None if initial_state is None else initial_state.contiguous()
+    weight, bias = _parameter(weight), None if bias is None else _parameter(bias)
     y = x.new_empty(batch, seqlen, d_inner)
     if seq is None:
         final = x.new_empty(batch, d_inner, width)
@@ -155,7 +162,7 @@ def forward(
     else:
         final = state.to(x.dtype, copy=True)
     launch = _launch(Case.of(x, None, None, weight, bias, silu, seq, state, None, None), "conv_forward")
-    launch(x=x, weight=parameter(weight), bias=parameter(bias), seq=seq, state=state, y=y, final_state=final)
+    launch(x=x, weight=weight, bias=bias, seq=seq, state=state, y=y, final_state=final)
     return y, final
 
 
@@ -184,6 +191,7 @@ def backward(
     x, grad_y, seq = channels_last(x), channels_last(grad_y.to(x.dtype)), _ids(seq_idx)
     twin = None if grad_twin is None else channels_last(grad_twin.to(x.dtype))
     state = None if initial_state is None else initial_state.contiguous()
+    weight, bias = _parameter(weight), None if bias is None else _parameter(bias)
     final = None if grad_final is None else grad_final.to(x.dtype).contiguous()
     grad_x = x.new_empty(batch, seqlen, d_inner) if grad_x is None else grad_x
     case = Case.of(x, grad_y, grad_x, weight, bias, silu, seq, state, final, twin)
@@ -191,7 +199,7 @@ def backward(
     launch = _launch(case, "conv_backward", plan)
     part = x.new_empty(batch, launch.grid[1], width + 1, d_inner, dtype=torch.float32)
     grad_state = x.new_empty(0) if state is None else torch.empty_like(state)
-    tensors = {"x": x, "grad_y": grad_y, "grad_twin": twin, "weight": parameter(weight), "bias": parameter(bias),
+    tensors = {"x": x, "grad_y": grad_y, "grad_twin": twin, "weight": weight, "bias": bias,
                "seq": seq, "state": state, "grad_final": final, "grad_x": grad_x, "grad_state": grad_state,
                "part": part}  # fmt: skip
     launch(**tensors)
