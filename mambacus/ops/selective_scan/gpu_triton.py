@@ -266,7 +266,8 @@ def backward(
             carry, exponent, shifts = _segment_buffers(x, d_state, n_segments)
             kernels.segment_adjoints[grid](
                 ready, i.delta, i.A2, i.C, i.z, i.bias, i.seq, carry, exponent, shifts, *sizes, i.padded,
-                *_strides(ready, i.delta, i.z), **i.only("HAS_Z", "HAS_BIAS", "HAS_SEQ", "SOFTPLUS", "PRECISE"), **options,
+                *_strides(ready, i.delta, i.z), **i.only("HAS_Z", "HAS_BIAS", "HAS_SEQ", "SOFTPLUS", "PRECISE"),
+                **options,
             )  # fmt: skip
             _chain(i, carry, exponent, shifts, entering, reverse=True)
         buffer = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
