@@ -46,7 +46,9 @@ from mambacus.ops.decode_step import StepWeights
 from mambacus.ops.decode_step import gpu as step
 from mambacus.ops.linear import dropout
 from mambacus.ops.rms_norm import gpu as norm
+from mambacus.ops.selective_scan import gpu as scan_gpu
 from mambacus.ops.selective_scan import gpu_cuda as scan
+from mambacus.ops.selective_scan.reference import selective_scan_ref
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 CHUNK = 32
@@ -146,6 +148,11 @@ def hold(
 WHOLE = 1 << 20
 
 
+def reference(*args: Any) -> tuple[Tensor, Tensor]:
+    """The reference with the arguments of `scan_gpu.scan`."""
+    return selective_scan_ref(*args[:7], delta_bias=args[7], delta_softplus=args[8])
+
+
 def closed_gates(inputs: dict[str, Any]) -> dict[str, Any]:
     """Set some gates to zero, or nearly: y does not tell there what was before the gate."""
     z = inputs["z"].clone()
@@ -192,6 +199,52 @@ def test_closed_gates_are_seen() -> None:
 def test_scan_whole_blocks(dtype: torch.dtype, d_inner: int, sets: int) -> None:
     plan = scan.Plan(4, 16, 1, WHOLE)
     hold(scan_inputs((1, 37, d_inner, 16), dtype), plan, dataclasses.replace(plan, sets=sets))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_y_is_kept_where_the_scan_is_trained(monkeypatch: pytest.MonkeyPatch, trained: bool) -> None:
+    plan, given = scan.Plan(4, 16, 1, WHOLE), []
+
+    def backward(*args: Any, y: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+        given.append(y)
+        return right(*args, y=y, **options)
+
+    right = scan.backward
+    monkeypatch.setattr(scan, "backward", backward)
+    monkeypatch.setattr(scan, "forward_plan", lambda *_: plan)
+    monkeypatch.setattr(scan, "backward_plan", lambda *_: plan)
+    monkeypatch.setattr(scan_gpu, "implementation", lambda *_: ("cuda", "emulated"))
+    inputs = closed_gates(scan_inputs((2, 70, 64, 16), torch.bfloat16, absent=("initial_state",)))
+    grads = []
+    for function in (scan_gpu.scan, reference):
+        leaves = [inputs[name].detach().requires_grad_(name != "A" or trained) for name in SCAN_NAMES[:8]]
+        y, _ = function(*leaves, True, None, None, True)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        grads.append((y, *torch.autograd.grad(y, wanted, torch.ones_like(y))))
+    assert (given[0] is not None) == trained and len(given) == 1
+    for ours, theirs in zip(*grads, strict=True):
+        assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("shape", "d_state", "gpu", "expected"),
+    [
+        ((4, 2048, 4096), 16, "h100", (16, 2)),
+        ((8, 2048, 2048), 16, "h100", (16, 2)),
+        ((8, 2048, 1536), 16, "h100", (8, 1)),  # all blocks at once
+        ((8, 2048, 3072), 16, "h100", (16, 1)),  # three rounds of blocks would become four
+        ((4, 2048, 4096), 64, "h100", (16, 1)),  # two blocks would not fit
+        ((4, 2048, 4096), 16, "a100", (16, 1)),
+    ],
+)
+def test_sets_of_channels_fill_whole_rounds_of_blocks(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], d_state: int, gpu: str, expected: tuple[int, int]
+) -> None:
+    multiprocessors, shared = {"h100": (132, 228 << 10), "a100": (108, 164 << 10)}[gpu]
+    monkeypatch.setattr(scan, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(scan, "_shared_bytes", lambda device: shared)
+    plan = scan.backward_plan.__wrapped__(shape, d_state, 64, 0)
+    assert (plan.tile, plan.sets) == expected
 
 
 def test_scan_without_options() -> None:

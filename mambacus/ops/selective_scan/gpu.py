@@ -143,7 +143,7 @@ class _Scan(torch.autograd.Function):
         saving: Any = (*given, True)
         y, final_state, chunk_states = forward(*saving)
         *tensors, ctx.delta_softplus, seq_idx, initial_state = given
-        kept = y if keeps_output(ctx, *given[:7]) else None
+        kept = y if keeps_output(ctx.needs_input_grad[2], *given[:7]) else None
         ctx.save_for_backward(*tensors, seq_idx, initial_state, chunk_states, kept)
         ctx.place = gradient_place(given[6])
         ctx.set_materialize_grads(False)
@@ -163,14 +163,13 @@ class _Scan(torch.autograd.Function):
 
 
 def keeps_output(
-    ctx: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None
+    trains_A: bool, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None
 ) -> bool:
     """Tell whether y is kept for the backward pass, where that takes no memory: by who trains A.
 
     The product after the scan then trains its weight too and keeps y for that. With frozen weights nobody keeps it.
     """
-    wants_A = ctx.needs_input_grad[2]
-    return wants_A and gpu_cuda.reads_output(x, z) and _takes_cuda(None, x, delta, A, B, C, z)
+    return trains_A and gpu_cuda.reads_output(x, z) and _takes_cuda(None, x, delta, A, B, C, z)
 
 
 def _takes_cuda(plan: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> bool:

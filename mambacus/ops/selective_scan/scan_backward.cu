@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       const int own = d0 + Own::channel(), own_d = EXACT ? own : min(own, p.d_inner - Own::N);
       const int out = d0 + Out::channel(), out_d = EXACT ? out : min(out, p.d_inner - Out::N);
       const long long to = batch * p.seqlen * p.d_inner + out_d;
-      char* to_gate = at<Z_TYPE>(p.grad_z, batch * p.sob + out_d);
+      char* to_gate = at<Z_TYPE>(p.grad_z, batch * p.sob + d0);
       float(*s_g)[CHANNELS] = s_own[set][0], (*s_dA)[CHANNELS] = s_own[set][1], (*s_a2)[CHANNELS] = s_own[set][2];
       const float *s_bias = s_parameter[set][0], *s_skip = s_parameter[set][1];
       if (SETS > 1)
@@ -143,6 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           sum_D[c] = s_total[set][0][c][threadIdx.x];
           sum_bias[c] = s_total[set][1][c][threadIdx.x];
         }
+      bool closed = false;  // whether a gate hides what was before it
       __syncthreads();  // what was before has been read
       const Pack<0, Own::N> bias = floats<Own::N>(s_bias + Own::channel());
 #pragma unroll
@@ -153,15 +154,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         const Pack<X_TYPE, Own::N> grad_y = pick<X_TYPE, Own::N>(grad_chunk, row, p.sgt, own_d);
         const Pack<DELTA_TYPE, Own::N> delta = pick<DELTA_TYPE, Own::N>(delta_chunk, row, p.sdt, own_d);
         Pack<Z_TYPE, Own::N> z;
+        Pack<X_TYPE, Own::N> y;
         if (HAS_Z) z = pick<Z_TYPE, Own::N>(z_chunk, row, p.szt, own_d);
-        float steps[Own::N], drives[Own::N], grads[Own::N];
+        if (HAS_Y) y = pick<X_TYPE, Own::N>(y_chunk, row, syt, own_d);
+        float steps[Own::N], drives[Own::N], grads[Own::N], to_z[Own::N];
 #pragma unroll
         for (int c = 0; c < Own::N; c++) {
           steps[c] = step_of(real ? delta[c] + bias[c] : NO_STEP);
           drives[c] = !HAS_SEQ || real ? steps[c] * x[c] : 0.0f;
-          const float grad = HAS_Z ? grad_y[c] * (z[c] * sigmoid(z[c])) : grad_y[c];
-          grads[c] = used ? grad : 0.0f;
+          const float gate = HAS_Z ? z[c] : 1.0f, s = HAS_Z ? sigmoid(gate) : 1.0f;
+          grads[c] = used ? grad_y[c] * (gate * s) : 0.0f;
+          if (HAS_Y) {  // y / gate: s times what was before the gate
+            to_z[c] = real ? grad_y[c] * fmaf(gate, 1.0f - s, 1.0f) * (y[c] * reciprocal(gate)) : 0.0f;
+            closed = closed || (used && fabsf(gate) < SMALLEST_GATE);
+          }
         }
+        if (HAS_Y && t <= end && (EXACT || own < p.d_inner))
+          put<Z_TYPE>(to_gate + (long long)(begin + t) * p.sot + Own::channel() * ELEMENT_BYTES(Z_TYPE), to_z);
         put<0>(&s_step[t][Own::channel()], steps);
         put<0>(&s_drive[t][Own::channel()], drives);
         put<0>(&s_grad[t][Own::channel()], grads);
@@ -187,7 +196,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
       for (int i = 0; i < STATES_PER_WARP; i++)
         s_h[0][n0 + i][lane] = there && n0 + i < STATES ? saved[(long long)(n0 + i) * p.d_inner] : 0.0f;
-      __syncthreads();
+      if (HAS_Y) closed = __syncthreads_or(closed);
+      else __syncthreads();
 
       // The gradients of a thread's gates of one token where these are zero: sums over the states again. 0.5: the slope there
       auto gradients_of_closed_gates = [&](int tile, int t) {
@@ -208,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             total = fmaf(h, s_C[n][token], total);
           }
           const float one[1] = {0.5f * pick<X_TYPE, 1>(grad_chunk, token, p.sgt, out_d + c)[0] * total};
-          put<Z_TYPE>(to_gate + (long long)(begin + token) * p.sot + c * ELEMENT_BYTES(Z_TYPE), one);
+          put<Z_TYPE>(to_gate + (long long)(begin + token) * p.sot + ch * ELEMENT_BYTES(Z_TYPE), one);
         }
       };
 
@@ -305,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           }
         }
 
-        Pack<X_TYPE, Out::N> x[Out::COUNT], grad_y[Out::COUNT], y[Out::COUNT];
+        Pack<X_TYPE, Out::N> x[Out::COUNT], grad_y[Out::COUNT];
         Pack<DELTA_TYPE, Out::N> delta[Out::COUNT];
         Pack<Z_TYPE, Out::N> z[Out::COUNT];
 #pragma unroll
@@ -313,9 +323,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           const int row = min(offset + Out::row(k), end);
           x[k] = pick<X_TYPE, Out::N>(x_chunk, row, p.sxt, out_d);
           if (SOFTPLUS && DELTA_TYPE == 0) delta[k] = pick<DELTA_TYPE, Out::N>(delta_chunk, row, p.sdt, out_d);
-          if (HAS_Z) z[k] = pick<Z_TYPE, Out::N>(z_chunk, row, p.szt, out_d);
-          if (HAS_Z) grad_y[k] = pick<X_TYPE, Out::N>(grad_chunk, row, p.sgt, out_d);
-          if (HAS_Y) y[k] = pick<X_TYPE, Out::N>(y_chunk, row, syt, out_d);
+          if (HAS_Z && !HAS_Y) z[k] = pick<Z_TYPE, Out::N>(z_chunk, row, p.szt, out_d);
+          if (HAS_Z && !HAS_Y) grad_y[k] = pick<X_TYPE, Out::N>(grad_chunk, row, p.sgt, out_d);
         }
         __syncthreads();  // the sums of the tile after have been read
 #pragma unroll
@@ -342,7 +351,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           const Pack<0, Out::N> before_gate = floats<Out::N>(&s_grad[offset + t][ch]);
           const Pack<0, Out::N> skip = floats<Out::N>(s_skip + ch), shift = floats<Out::N>(s_bias + ch);
           float to_x[Out::N], to_delta[Out::N], to_z[Out::N];
-          bool closed = false;  // a gate that hides what was before it
 #pragma unroll
           for (int c = 0; c < Out::N; c++) {
             const float xt = !HAS_SEQ || real ? x[k][c] : 0.0f;
@@ -354,12 +362,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             sum_bias[c] += d_delta;
             to_delta[c] = d_delta;
             to_x[c] = !HAS_SEQ || real ? fmaf(sums[1][c], step_[c], skip[c] * before_gate[c]) : 0.0f;
-            if (HAS_Z) {
-              const float gate = z[k][c], s = sigmoid(gate), slope = fmaf(gate, 1.0f - s, 1.0f);
-              float d_z;  // y / gate: what was before the gate times s
-              if (HAS_Y) d_z = grad_y[k][c] * slope * (y[k][c] * reciprocal(gate));
-              else d_z = grad_y[k][c] * fmaf(skip[c], xt, sums[SUMS - 1][c]) * s * slope;
-              if (HAS_Y) closed = closed || fabsf(gate) < SMALLEST_GATE;
+            if (HAS_Z && !HAS_Y) {
+              const float gate = z[k][c], s = sigmoid(gate);
+              const float d_z = grad_y[k][c] * fmaf(skip[c], xt, sums[SUMS - 1][c]) * s * fmaf(gate, 1.0f - s, 1.0f);
               to_z[c] = !HAS_SEQ || real ? d_z : 0.0f;
             }
           }
@@ -367,9 +372,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             const long long place = to + (long long)(begin + offset + t) * p.d_inner;
             put<X_TYPE>(at<X_TYPE>(p.grad_x, place), to_x);
             put<DELTA_TYPE>(at<DELTA_TYPE>(p.grad_delta, place), to_delta);
-            if (HAS_Z) put<Z_TYPE>(to_gate + (long long)(begin + offset + t) * p.sot, to_z);
-            if (HAS_Y && closed && real)
-              gradients_of_closed_gates(tile, t);
+            if (HAS_Z && !HAS_Y)
+              put<Z_TYPE>(to_gate + (long long)(begin + offset + t) * p.sot + ch * ELEMENT_BYTES(Z_TYPE), to_z);
+            if (HAS_Y && closed && real) gradients_of_closed_gates(tile, t);
           }
         }
       }
