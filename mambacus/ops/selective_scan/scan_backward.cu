@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   typedef Share<TILE> Out;   // when a tile's gradients are stored
   typedef MatrixShare<CHUNK> OwnMatrix;
   extern __shared__ __align__(16) float memory[];
-  // Private to a thread (its states of its channel): states at the tiles of a chunk; for each set adjoint, gradient of A, log2(e) A
+  // Private to a thread (its states of its channel): states at the tiles of a chunk; each set's adjoint, gradient of A, log2(e) A
   float(*s_h)[PADDED_STATES][CHANNELS] = (float(*)[PADDED_STATES][CHANNELS])memory;
   float(*s_own)[3][PADDED_STATES][CHANNELS] = (float(*)[3][PADDED_STATES][CHANNELS])(s_h + TILES);
   // Shared by the warps: a chunk's steps, drives, gradients before the gate, B and C; a tile's sums; bias and D of each set
