@@ -5,23 +5,29 @@ graph:130m:8x2048 graph:370m:8x2048 graph:1.4b:4x2048 lora-graph:1.4b:4x2048 lor
 prefill:1.4b:32x2048``. Training is forward and backward without an optimiser step, float32 weights under bfloat16
 autocast: ``train`` all weights, ``lora`` as ``finetune --method lora`` attaches it and holds what is frozen
 (`mambacus.tuning.frozen`), each as it is or (``graph``, ``lora-graph``) replayed as a CUDA graph; prefill is one pass
-in bfloat16 with the logits of the last token. Writes one JSON record named by date and GPU.
+in bfloat16 with the logits of the last token. After the shape may follow how the scan's backward pass shall run:
+``graph:1.4b:4x2048:again`` sums over the states again in place of reading y, ``kept`` reads it whatever is trained,
+``one-set`` takes one set of channels a block. Writes one JSON record named by date and GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import datetime
 import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from mambacus.measuring.timing import captured
 from mambacus.models import load
+from mambacus.ops.selective_scan import gpu, gpu_cuda
 from mambacus.runtime.records import Stopwatch, write_record
 from mambacus.tuning import frozen
 from mambacus.tuning.methods import AdapterSettings, find_method
@@ -55,9 +61,27 @@ def step_of(kind: str, name: str, batch: int, seqlen: int) -> Callable[[], Any]:
     return captured(train) if graph else train
 
 
+def run_scan(how: str) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which the scan's backward pass runs as the module's text says."""
+    if how in ("again", "kept"):
+        return mock.patch.object(gpu, "keeps_output", lambda *_: how == "kept")
+    if how == "one-set":
+        choose = gpu_cuda.backward_plan
+        return mock.patch.object(gpu_cuda, "backward_plan", lambda *of: dataclasses.replace(choose(*of), sets=1))
+    raise ValueError(f"case: expected again, kept or one-set after the shape, got {how!r}")
+
+
 def measure(case: str, kernels: int) -> dict[str, Any]:
     """Return the figures of one case: median of ten runs, the time until all work was queued, peak memory, kernels."""
-    kind, name, shape = case.split(":")
+    kind, name, shape, *hows = case.split(":")
+    with contextlib.ExitStack() as stack:
+        for how in hows:
+            stack.enter_context(run_scan(how))
+        return measure_step(case, kind, name, shape, kernels)
+
+
+def measure_step(case: str, kind: str, name: str, shape: str, kernels: int) -> dict[str, Any]:
+    """Return what `measure` does, of the parts of a case."""
     batch, seqlen = (int(size) for size in shape.split("x"))
     step = step_of(kind, name, batch, seqlen)
     step()

@@ -167,6 +167,13 @@ static void mma_bf16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsig
 }
 
 static void __syncthreads() { emulator::stop(emulator::BARRIER); }
+static int __syncthreads_or(int value) {
+  emulator::slots[threadIdx.x] = value;
+  __syncthreads();
+  const bool any = std::any_of(emulator::slots.begin(), emulator::slots.begin() + blockDim.x, [](float v) { return v != 0; });
+  __syncthreads();
+  return any;
+}
 static float __shfl_xor_sync(unsigned, float value, int mask) {
   const int here = threadIdx.x;
   emulator::slots[here] = value;

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_checks import (
+    SCAN_NAMES,
     STEP_SHAPES,
     conv_inputs,
     document_ids,
@@ -45,7 +46,9 @@ from mambacus.ops.decode_step import StepWeights
 from mambacus.ops.decode_step import gpu as step
 from mambacus.ops.linear import dropout
 from mambacus.ops.rms_norm import gpu as norm
+from mambacus.ops.selective_scan import gpu as scan_gpu
 from mambacus.ops.selective_scan import gpu_cuda as scan
+from mambacus.ops.selective_scan.reference import selective_scan_ref
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 CHUNK = 32
@@ -115,9 +118,17 @@ def _emulated(build: Callable[[nvrtc.Program], ctypes.CDLL], monkeypatch: pytest
     monkeypatch.setattr(conv, "_multiprocessors", lambda device: 2)
 
 
-def hold(inputs: dict[str, Any], forward_plan: scan.Plan, backward_plan: scan.Plan, **options: Any) -> None:
+def hold(
+    inputs: dict[str, Any], forward_plan: scan.Plan, backward_plan: scan.Plan, keeps: bool = True, **options: Any
+) -> None:
+    """With ``keeps`` the backward pass is given y, where it reads it."""
+    y = None
+
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return scan.forward(scan.Inputs.of(*args[:10]), args[10], args[11], forward_plan, CHUNK)
+        nonlocal y
+        found = scan.forward(scan.Inputs.of(*args[:10]), args[10], args[11], forward_plan, CHUNK)
+        y = found[0] if keeps and scan.reads_output(args[0], args[6]) else None
+        return found
 
     def backward(grad_y: Tensor, grad_final: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
         i = scan.Inputs.of(*args[:10])
@@ -125,8 +136,9 @@ def hold(inputs: dict[str, Any], forward_plan: scan.Plan, backward_plan: scan.Pl
         if i.z is not None:  # every other row of memory that is twice as wide
             place = torch.empty(*i.z.shape[:2], 2 * i.z.shape[2], dtype=i.z.dtype)[..., i.z.shape[2] :]
         grads = scan.backward(
-            i, grad_y, grad_final, args[11], backward_plan, CHUNK, wants_initial=args[10] is not None, grad_z=place
-        )
+            i, grad_y, grad_final, args[11], backward_plan, CHUNK, wants_initial=args[10] is not None, grad_z=place,
+            y=y,
+        )  # fmt: skip
         given = (*args[:8], args[10])
         return tuple(torch.empty(0) if a is None else g.to(a.dtype) for g, a in zip(grads, given, strict=True))
 
@@ -136,24 +148,103 @@ def hold(inputs: dict[str, Any], forward_plan: scan.Plan, backward_plan: scan.Pl
 WHOLE = 1 << 20
 
 
+def reference(*args: Any) -> tuple[Tensor, Tensor]:
+    """The reference with the arguments of `scan_gpu.scan`."""
+    return selective_scan_ref(*args[:7], delta_bias=args[7], delta_softplus=args[8])
+
+
+def closed_gates(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Set some gates to zero, or nearly: y does not tell there what was before the gate."""
+    z = inputs["z"].clone()
+    z[:, ::3, ::7], z[:, 1::3, ::11] = 0.0, -1e-30
+    return inputs | {"z": z}
+
+
 @pytest.mark.parametrize(
     ("forward", "backward"),
     [
         (scan.Plan(4, 16, 1, WHOLE), scan.Plan(4, 16, 1, WHOLE)),
         (scan.Plan(2, 32, 6, 64), scan.Plan(4, 8, 1, 64)),
         (scan.Plan(8, 32, 1, 32), scan.Plan(8, 16, 1, 32)),
+        (scan.Plan(4, 16, 1, WHOLE), scan.Plan(4, 16, 1, 64, sets=2)),
+        (scan.Plan(4, 16, 1, WHOLE), scan.Plan(4, 8, 1, WHOLE, sets=3)),
     ],
-    ids=["whole", "short tiles, segments", "eight warps, segments"],
+    ids=["whole", "short tiles, segments", "eight warps, segments", "two sets, segments", "a set too many"],
 )
-def test_scan_with_documents(forward: scan.Plan, backward: scan.Plan) -> None:
+@pytest.mark.parametrize("keeps", [True, False])
+def test_scan_with_documents(forward: scan.Plan, backward: scan.Plan, keeps: bool) -> None:
     seq_idx = document_ids(5, 75)
-    hold(scan_inputs((5, 75, 40, 5), seq_idx=seq_idx), forward, backward, seq_idx=seq_idx)
+    hold(closed_gates(scan_inputs((5, 75, 40, 5), seq_idx=seq_idx)), forward, backward, keeps, seq_idx=seq_idx)
+
+
+def test_closed_gates_are_seen() -> None:
+    """Without the sums again the gradient of a closed gate would be 0 or NaN."""
+    plan = scan.Plan(4, 16, 1, WHOLE)
+    inputs = closed_gates(scan_inputs((2, 75, 64, 16)))
+    hold(inputs, plan, plan)
+    order = [inputs[name] for name in SCAN_NAMES[:8]]
+    found = []
+    for keeps in (True, False):
+        i = scan.Inputs.of(*order, True, None)
+        y, _, chunks = scan.forward(i, None, True, plan, CHUNK)
+        grads = scan.backward(i, torch.ones_like(y), None, chunks, plan, CHUNK, wants_initial=False,
+                              y=y if keeps else None)  # fmt: skip
+        found.append(grads[6][inputs["z"].abs() < 1e-20])
+    assert len(found[0]) > 100 and found[1].abs().min() > 0
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_scan_whole_blocks(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("d_inner", "sets"), [(64, 1), (96, 2), (128, 2)])
+def test_scan_whole_blocks(dtype: torch.dtype, d_inner: int, sets: int) -> None:
     plan = scan.Plan(4, 16, 1, WHOLE)
-    hold(scan_inputs((1, 37, 64, 16), dtype), plan, plan)
+    hold(scan_inputs((1, 37, d_inner, 16), dtype), plan, dataclasses.replace(plan, sets=sets))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_y_is_kept_where_the_scan_is_trained(monkeypatch: pytest.MonkeyPatch, trained: bool) -> None:
+    plan, given = scan.Plan(4, 16, 1, WHOLE), []
+
+    def backward(*args: Any, y: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+        given.append(y)
+        return right(*args, y=y, **options)
+
+    right = scan.backward
+    monkeypatch.setattr(scan, "backward", backward)
+    monkeypatch.setattr(scan, "forward_plan", lambda *_: plan)
+    monkeypatch.setattr(scan, "backward_plan", lambda *_: plan)
+    monkeypatch.setattr(scan_gpu, "implementation", lambda *_: ("cuda", "emulated"))
+    inputs = closed_gates(scan_inputs((2, 70, 64, 16), torch.bfloat16, absent=("initial_state",)))
+    grads = []
+    for function in (scan_gpu.scan, reference):
+        leaves = [inputs[name].detach().requires_grad_(name != "A" or trained) for name in SCAN_NAMES[:8]]
+        y, _ = function(*leaves, True, None, None, True)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        grads.append((y, *torch.autograd.grad(y, wanted, torch.ones_like(y))))
+    assert (given[0] is not None) == trained and len(given) == 1
+    for ours, theirs in zip(*grads, strict=True):
+        assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("shape", "d_state", "gpu", "expected"),
+    [
+        ((4, 2048, 4096), 16, "h100", (16, 2)),
+        ((8, 2048, 2048), 16, "h100", (16, 2)),
+        ((8, 2048, 1536), 16, "h100", (8, 1)),  # all blocks at once
+        ((8, 2048, 3072), 16, "h100", (16, 1)),  # three rounds of blocks would become four
+        ((4, 2048, 4096), 64, "h100", (16, 1)),  # two blocks would not fit
+        ((4, 2048, 4096), 16, "a100", (16, 1)),
+    ],
+)
+def test_sets_of_channels_fill_whole_rounds_of_blocks(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], d_state: int, gpu: str, expected: tuple[int, int]
+) -> None:
+    multiprocessors, shared = {"h100": (132, 228 << 10), "a100": (108, 164 << 10)}[gpu]
+    monkeypatch.setattr(scan, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(scan, "_shared_bytes", lambda device: shared)
+    plan = scan.backward_plan.__wrapped__(shape, d_state, 64, 0)
+    assert (plan.tile, plan.sets) == expected
 
 
 def test_scan_without_options() -> None:

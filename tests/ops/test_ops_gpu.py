@@ -43,11 +43,24 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-def hold(inputs: dict[str, Any], forward_plan: Any = None, backward_plan: Any = None, **options: Any) -> None:
+def hold(
+    inputs: dict[str, Any], forward_plan: Any = None, backward_plan: Any = None, keeps: bool = False, **options: Any
+) -> None:
+    """With ``keeps`` the backward pass is given y."""
     from mambacus.ops.selective_scan import gpu
 
-    forward = functools.partial(gpu.forward, plan=forward_plan)
-    hold_scan(forward, functools.partial(gpu.backward, plan=backward_plan), inputs, **options)
+    y = None
+
+    def forward(*args: Any) -> tuple[torch.Tensor, ...]:
+        nonlocal y
+        found = gpu.forward(*args, plan=forward_plan)
+        y = found[0] if keeps else None
+        return found
+
+    def backward(*args: Any) -> tuple[torch.Tensor, ...]:
+        return gpu.backward(*args, plan=backward_plan, y=y)
+
+    hold_scan(forward, backward, inputs, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,16 +90,37 @@ def test_scan_without_softplus() -> None:
     hold(inputs | {"delta": inputs["delta"].abs()}, softplus=False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scan_backward_reads_y(dtype: torch.dtype) -> None:
+    inputs = scan_inputs((2, 150, 128, 16), dtype, device="cuda")
+    hold(inputs, keeps=True)
+    inputs["z"][:, ::3, ::7] = 0  # gates that hide what was before them
+    hold(inputs, keeps=True)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize(
-    "numbers", [(4, 16, 1, 64), (8, 16, 1, 128), (4, 8, 3, 64), (2, 32, 6, 192), (4, 16, 3, 192), (1, 8, 1, 192)]
+    "numbers",
+    [
+        (4, 16, 1, 64),
+        (8, 16, 1, 128),
+        (4, 8, 3, 64),
+        (2, 32, 6, 192),
+        (4, 16, 3, 192),
+        (1, 8, 1, 192),
+        (4, 16, 2, 192, 2),
+        (4, 8, 3, 64, 2),
+        (4, 16, 1, 192, 4),
+    ],
+    ids=str,
 )
-def test_scan_launches(numbers: tuple[int, ...]) -> None:
+def test_scan_launches(numbers: tuple[int, ...], keeps: bool) -> None:
     from mambacus.ops.selective_scan.gpu_cuda import Plan
 
     seq_idx = document_ids(5, 150, "cuda")
     plan = Plan(*numbers)
     backward = plan if plan.tile <= 16 else None  # longer tiles are the forward pass's alone
-    hold(scan_inputs((5, 150, 70, 16), seq_idx=seq_idx, device="cuda"), plan, backward, seq_idx=seq_idx)
+    hold(scan_inputs((5, 150, 70, 16), seq_idx=seq_idx, device="cuda"), plan, backward, keeps, seq_idx=seq_idx)
 
 
 def test_scan_triton_segments() -> None:
@@ -194,6 +228,24 @@ def test_model_has_the_gradients_of_the_reference() -> None:
         for name, parameter in ours.named_parameters():
             error = (parameter.grad.double().cpu() - want[name]).norm() / want[name].norm()
             assert error < bound, (name, autocast, error)
+
+
+def test_a_trained_scan_reads_y() -> None:
+    """Two sets of channels a block and y kept, as in training of large models, against sums over the states again."""
+    from mambacus.ops.selective_scan import gpu, gpu_cuda
+
+    inputs = scan_inputs((4, 300, 4096, 16), torch.bfloat16, absent=("initial_state",), device="cuda")
+    plan = gpu_cuda.backward_plan((4, 300, 4096), 16, 64, torch.cuda.current_device())
+    assert plan.sets == 2 or gpu_cuda._multiprocessors(torch.cuda.current_device()) != 132
+    leaves = [inputs[name].detach().requires_grad_() for name in SCAN_NAMES[:8]]
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for keeps in (True, False):
+            patch.setattr(gpu, "keeps_output", lambda *_, keeps=keeps: keeps)
+            y, _ = gpu.scan(*leaves, True, None, None, True)
+            found.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+    for name, a, b in zip(SCAN_NAMES[:8], *found, strict=True):
+        assert (a - b).norm() <= 6e-3 * b.norm(), name
 
 
 def test_public_functions_under_autograd() -> None:

@@ -82,8 +82,11 @@ def backward(
     *,
     plan: gpu_cuda.Plan | gpu_triton.Plan | None = None,
     place: Place | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Run the kernels behind ``mambacus::selective_scan_backward``.
+
+    ``y``, from `forward`, spares the CUDA kernels the sums over the states where `gpu_cuda.reads_output`.
 
     Returns:
         Gradients of x, delta, A, B, C, D, z, delta_bias, initial_state; an empty tensor for each that is None. That of
@@ -105,6 +108,7 @@ def backward(
         grads = gpu_cuda.backward(
             gpu_cuda.Inputs.of(*inputs), grad_y, grad_final_state, chunk_states, plan, chunk,
             wants_initial=initial_state is not None, grad_z=None if z is None or place is None else place.like(z),
+            y=y if gpu_cuda.reads_output(x, z) else None,
         )  # fmt: skip
         wanted = (x, delta, A, B, C, D, z, delta_bias, initial_state)
         return tuple(
@@ -139,7 +143,8 @@ class _Scan(torch.autograd.Function):
         saving: Any = (*given, True)
         y, final_state, chunk_states = forward(*saving)
         *tensors, ctx.delta_softplus, seq_idx, initial_state = given
-        ctx.save_for_backward(*tensors, seq_idx, initial_state, chunk_states)
+        kept = y if keeps_output(ctx.needs_input_grad[2], *given[:7]) else None
+        ctx.save_for_backward(*tensors, seq_idx, initial_state, chunk_states, kept)
         ctx.place = gradient_place(given[6])
         ctx.set_materialize_grads(False)
         return y, final_state
@@ -147,14 +152,24 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, seq_idx, initial_state, chunk_states = ctx.saved_tensors
+        *tensors, seq_idx, initial_state, chunk_states, y = ctx.saved_tensors
         if grad_y is None:
             grad_y = torch.zeros_like(tensors[0])
         others: Any = (ctx.delta_softplus, seq_idx, initial_state, chunk_states)
-        grads = backward(grad_y, grad_final_state, *(*tensors, *others), place=ctx.place)
+        grads = backward(grad_y, grad_final_state, *(*tensors, *others), place=ctx.place, y=y)
         given = (*tensors, initial_state)
         found = [None if tensor is None else grad for tensor, grad in zip(given, grads, strict=True)]
         return *found[:8], None, None, found[8]
+
+
+def keeps_output(
+    trains_A: bool, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None
+) -> bool:
+    """Tell whether y is kept for the backward pass, where that takes no memory: by who trains A.
+
+    The product after the scan then trains its weight too and keeps y for that. With frozen weights nobody keeps it.
+    """
+    return trains_A and gpu_cuda.reads_output(x, z) and _takes_cuda(None, x, delta, A, B, C, z)
 
 
 def _takes_cuda(plan: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> bool:

@@ -25,6 +25,7 @@ SUM_TOKENS = 128  # of a block of ``sum_tokens``
 _ENOUGH_FORWARD, _ENOUGH_BACKWARD = 0.65, 1.45
 _PLENTY = 3.5  # blocks for each multiprocessor from which fewer and longer warps are faster
 _SEGMENTED_BLOCKS, _LONGEST_SEGMENT, _FEWEST_CHUNKS = 4, 1024, 3
+_RESERVED_BYTES = 1024  # of shared memory that the driver takes for a block
 _SOURCE = Path(__file__).with_name("scan.cuh")
 _BODIES = {"BACKWARD": "scan_backward.cu"}  # by direction, else scan_forward.cu
 _Args = nvrtc.struct(
@@ -49,12 +50,15 @@ class Plan:
         tile: tokens between two meetings of the warps.
         blocks: blocks a multiprocessor shall hold, which bounds the registers.
         segment: tokens of one block, a multiple of the chunk length.
+        sets: of ``CHANNELS`` channels that a block of the backward pass takes one after the other in each chunk; it
+            adds up their parts of the gradients of B and C itself.
     """
 
     warps: int
     tile: int
     blocks: int
     segment: int
+    sets: int = 1
 
 
 def obstacle(x: Tensor, d_state: int, *others: Tensor | None) -> str | None:
@@ -82,6 +86,12 @@ def _multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.cache
+def _shared_bytes(device: int) -> int:
+    """Return the shared memory of a multiprocessor."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
+
+
 @functools.lru_cache(maxsize=1024)
 def forward_plan(shape: tuple[int, int, int], d_state: int, chunk: int, device: int) -> Plan:
     """Return the launch of ``scan_forward`` for x of this shape."""
@@ -96,14 +106,22 @@ def forward_plan(shape: tuple[int, int, int], d_state: int, chunk: int, device: 
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_plan(shape: tuple[int, int, int], chunk: int, device: int) -> Plan:
-    """Return the launch of ``scan_backward`` for x of this shape."""
+def backward_plan(shape: tuple[int, int, int], d_state: int, chunk: int, device: int) -> Plan:
+    """Return the launch of ``scan_backward`` for x of this shape.
+
+    A block takes two sets of channels where that leaves the rounds of blocks as full and as many blocks fit.
+    """
     batch, seqlen, d_inner = shape
     segment = _segment(shape, chunk, device, _ENOUGH_BACKWARD)
-    blocks = batch * -(-d_inner // CHANNELS) * -(-seqlen // segment)
+    rows = batch * -(-seqlen // segment)
+    blocks = rows * -(-d_inner // CHANNELS)
     if 2 * _multiprocessors(device) < blocks <= 3 * _multiprocessors(device):
         return Plan(warps=4, tile=8, blocks=3, segment=segment)  # slower by itself, but all at once
-    return Plan(warps=4, tile=16, blocks=2, segment=segment)
+    one, two = (Plan(warps=4, tile=16, blocks=2, segment=segment, sets=sets) for sets in (1, 2))
+    at_once = two.blocks * _multiprocessors(device)
+    halved = rows * -(-d_inner // (2 * CHANNELS))
+    fits = two.blocks * (backward_shared_bytes(two, chunk, d_state) + _RESERVED_BYTES) <= _shared_bytes(device)
+    return two if fits and 2 * -(-halved // at_once) <= -(-blocks // at_once) else one
 
 
 def _segment(shape: tuple[int, int, int], chunk: int, device: int, enough: float) -> int:
@@ -119,9 +137,19 @@ def _segment(shape: tuple[int, int, int], chunk: int, device: int, enough: float
 def backward_shared_bytes(plan: Plan, chunk: int, d_state: int) -> int:
     """Return the bytes of shared memory of a block of ``scan_backward``: the arrays at the head of the kernel."""
     states = -(-d_state // plan.warps) * plan.warps
-    floats = (chunk // plan.tile + 3) * states * CHANNELS + 3 * chunk * CHANNELS
-    floats += plan.warps * 3 * plan.tile * CHANNELS + 2 * states * chunk + chunk + 2 * CHANNELS
+    floats = (chunk // plan.tile + 3 * plan.sets) * states * CHANNELS + 3 * chunk * CHANNELS
+    floats += plan.warps * 3 * plan.tile * CHANNELS + 2 * states * chunk + chunk + 2 * plan.sets * CHANNELS
+    if plan.sets > 1:
+        floats += 2 * states * chunk + plan.sets * 2 * min(8, plan.tile // plan.warps) * 32 * plan.warps
     return 4 * floats
+
+
+def reads_output(x: Tensor, z: Tensor | None) -> bool:
+    """Return whether the backward pass can take what was before the gate from y, in place of sums over the states.
+
+    Float16 has too few exponents: a small gate would cost y its precision.
+    """
+    return z is not None and x.dtype in (torch.float32, torch.bfloat16)
 
 
 class Case(NamedTuple):
@@ -134,6 +162,7 @@ class Case(NamedTuple):
     z: Layout | None
     grad_y: Layout | None
     grad_z: Layout | None
+    y: Layout | None  # that the backward pass reads
     has_skip: bool
     has_bias: bool
     has_seq: bool
@@ -148,17 +177,19 @@ def _launch(
 ) -> Launch:  # fmt: skip
     """Return the launch of one kernel; the last four are macros of ``scan.cuh``."""
     batch, seqlen, d_inner = case.x.shape
-    d_state, n_chunks, blocks = case.B.shape[2], -(-seqlen // chunk), -(-d_inner // CHANNELS)
+    channels = plan.sets * CHANNELS
+    d_state, n_chunks, blocks = case.B.shape[2], -(-seqlen // chunk), -(-d_inner // channels)
     n_segments = -(-seqlen // plan.segment)
     z = case.z or case.x
     macros = nvrtc.macros(
         STATES=d_state, WARPS=plan.warps, TILE=plan.tile, CHUNK=chunk, MIN_BLOCKS=plan.blocks,
         X_TYPE=TYPES[case.x.dtype], DELTA_TYPE=TYPES[case.delta.dtype], B_TYPE=TYPES[case.B.dtype],
         C_TYPE=TYPES[case.C.dtype], Z_TYPE=TYPES[z.dtype],
-        VEC=nvrtc.group_size(8, case.x, case.delta, case.z, case.grad_y, case.grad_z),
+        VEC=nvrtc.group_size(8, case.x, case.delta, case.z, case.grad_y, case.grad_z, case.y),
         MATRIX_VEC=nvrtc.group_size(4, case.B, case.C), HAS_D=case.has_skip, HAS_Z=case.z is not None,
-        HAS_BIAS=case.has_bias, HAS_SEQ=case.has_seq, SOFTPLUS=case.softplus, EXACT=d_inner % CHANNELS == 0,
-        HAS_STATE=has_state, HAS_INITIAL=has_initial, HAS_CARRY=has_carry, SAVE=save,
+        HAS_BIAS=case.has_bias, HAS_SEQ=case.has_seq, SOFTPLUS=case.softplus, EXACT=d_inner % channels == 0,
+        HAS_STATE=has_state, HAS_INITIAL=has_initial, HAS_CARRY=has_carry, SAVE=save, HAS_Y=case.y is not None,
+        SETS=plan.sets,
     )  # fmt: skip
     numbers = {
         "sBn": case.B.stride[2] * case.B.dtype.itemsize, "sCn": case.C.stride[2] * case.C.dtype.itemsize,
@@ -209,11 +240,11 @@ class Inputs(NamedTuple):
             None if seq_idx is None else seq_idx.to(torch.int32).contiguous(), delta_softplus,
         )  # fmt: skip
 
-    def case(self, grad_y: Tensor | None = None, grad_z: Tensor | None = None) -> Case:
+    def case(self, grad_y: Tensor | None = None, grad_z: Tensor | None = None, y: Tensor | None = None) -> Case:
         """Return what the launches depend on."""
         return Case(
             layout(self.x), layout(self.delta), layout(self.B), layout(self.C), layout(self.z), layout(grad_y),
-            layout(grad_z), self.D is not None, self.bias is not None, self.seq is not None, self.softplus,
+            layout(grad_z), layout(y), self.D is not None, self.bias is not None, self.seq is not None, self.softplus,
             self.x.device.index,
         )  # fmt: skip
 
@@ -241,7 +272,7 @@ def enter_segments(
     buffer = functools.partial(torch.empty, dtype=torch.float32, device=i.x.device)
     carry, leaving = buffer(batch, n_segments, d_state, d_inner), buffer(batch, d_inner, d_state)
     steps, restarts = buffer(batch, n_segments, d_inner), buffer(batch, n_segments)
-    plan = dataclasses.replace(plan, warps=4, tile=32, blocks=1)
+    plan = dataclasses.replace(plan, warps=4, tile=32, blocks=1, sets=1)
     case, direction = i.case(grad_y), f"SEGMENT={0 if grad_y is None else 1}"
     for kernel in ("scan_segment", "chain_segments"):
         launch = _launch(case, plan, chunk, direction, kernel, state is not None, False, False, False)
@@ -273,11 +304,20 @@ def forward(
 
 def backward(
     i: Inputs, grad_y: Tensor, grad_final: Tensor | None, chunk_states: Tensor, plan: Plan | None, chunk: int, *,
-    wants_initial: bool, grad_z: Tensor | None = None,
+    wants_initial: bool, grad_z: Tensor | None = None, y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the backward kernels and the sums over blocks, segments and rows of the batch.
 
-    ``grad_z`` is memory for that gradient, rows with neighbouring channels next to each other; fresh if None.
+    Args:
+        i: the inputs.
+        grad_y: gradient of y.
+        grad_final: gradient of the final state.
+        chunk_states: from `forward`.
+        plan: the launch, None for `backward_plan`.
+        chunk: chunk length.
+        wants_initial: whether the initial state's gradient is wanted.
+        grad_z: memory for that gradient, rows with neighbouring channels next to each other; fresh if None.
+        y: from `forward`, where `reads_output`; None to sum over the states again.
 
     Returns:
         Gradients of x, delta, A, B, C, D, z, delta_bias, initial_state; those of A, D, delta_bias and initial_state in
@@ -285,9 +325,11 @@ def backward(
     """
     batch, seqlen, d_inner = i.x.shape
     d_state = i.A.shape[1]
-    plan = plan or backward_plan(i.x.shape, chunk, i.x.device.index)
+    plan = plan or backward_plan(i.x.shape, d_state, chunk, i.x.device.index)
     grad_y, state = channels_last(grad_y.to(i.x.dtype)), parameter(grad_final)
-    n_segments, blocks, padded = -(-seqlen // plan.segment), -(-d_inner // CHANNELS), -(-seqlen // chunk) * chunk
+    y = None if y is None else y.contiguous()
+    n_segments, padded = -(-seqlen // plan.segment), -(-seqlen // chunk) * chunk
+    blocks = -(-d_inner // (plan.sets * CHANNELS))
     buffer = functools.partial(torch.empty, dtype=torch.float32, device=i.x.device)
     part_B, part_C = buffer(blocks, batch, d_state, padded), buffer(blocks, batch, d_state, padded)
     part_sums = buffer(batch, n_segments, d_state + 2, d_inner)
@@ -301,12 +343,12 @@ def backward(
     if grad_z is None:
         grad_z = i.x.new_empty(0) if i.z is None else i.z.new_empty(i.x.shape)
     grad_B, grad_C = i.B.new_empty(i.B.shape), i.C.new_empty(i.C.shape)
-    case = i.case(grad_y, None if i.z is None else grad_z)
+    case = i.case(grad_y, None if i.z is None else grad_z, y)
     for kernel in ("scan_backward", "sum_tokens", "sum_rows"):
         launch = _launch(case, plan, chunk, "BACKWARD", kernel, state is not None, wants_initial, carry is not None,
                          False)  # fmt: skip
         launch(
-            **i.tensors(), grad_y=grad_y, state=state, carry=carry, chunk_states=chunk_states, grad_x=grad_x,
+            **i.tensors(), grad_y=grad_y, y=y, state=state, carry=carry, chunk_states=chunk_states, grad_x=grad_x,
             grad_delta=grad_delta, grad_z=grad_z, grad_B=grad_B, grad_C=grad_C, end_state=grad_initial, part_B=part_B,
             part_C=part_C, part_sums=part_sums, grad_A=grad_A, grad_D=grad_D, grad_bias=grad_bias,
         )  # fmt: skip

@@ -112,7 +112,7 @@ class _Inputs:
             _transposed(B, seq, padded), _transposed(C, seq, padded), _contiguous(D),
             None if z is None else _channels_last(z), _contiguous(delta_bias), seq, padded,
             {"HAS_D": D is not None, "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None,
-                 "HAS_SEQ": seq is not None, "SOFTPLUS": delta_softplus},
+                 "HAS_SEQ": seq is not None, "SOFTPLUS": delta_softplus, "PRECISE": x.dtype == torch.float32},
         )  # fmt: skip
 
     def only(self, *names: str) -> dict[str, bool]:
@@ -184,9 +184,9 @@ def forward(
             carry, exponent, shifts = _segment_buffers(x, d_state, n_segments)
             kernels.segment_states[grid](
                 i.x, i.delta, i.A2, i.B, i.bias, i.seq, carry, exponent, shifts, *sizes, i.padded,
-                *_strides(i.x, i.delta), **i.only("HAS_BIAS", "HAS_SEQ", "SOFTPLUS"), **options,
+                *_strides(i.x, i.delta), **i.only("HAS_BIAS", "HAS_SEQ", "SOFTPLUS", "PRECISE"), **options,
             )  # fmt: skip
-            _chain(carry, exponent, shifts, final, i.A2, reverse=False)
+            _chain(i, carry, exponent, shifts, final, reverse=False)
         kernels.scan_forward[grid](
             i.x, i.delta, i.A2, i.B, i.C, i.D, i.z, i.bias, i.seq, y, carry, chunk_states, *sizes, n_chunks, i.padded,
             *_strides(i.x, i.delta, i.z), **i.flags, SAVE=save_states, CHUNK=chunk, **options,
@@ -204,10 +204,21 @@ def _segment_buffers(x: Tensor, d_state: int, n_segments: int) -> tuple[Tensor, 
     )
 
 
-def _chain(carry: Tensor, exponent: Tensor, shifts: Tensor, start: Tensor, A2: Tensor, *, reverse: bool) -> None:
+def _chain(i: _Inputs, carry: Tensor, exponent: Tensor, shifts: Tensor, start: Tensor, *, reverse: bool) -> None:
     batch, n_segments, d_state, d_inner = carry.shape
     kernels.chain_segments[(triton.cdiv(d_inner, 64), batch, d_state)](
-        carry, exponent, shifts, start, A2, d_inner, d_state, n_segments, REVERSE=reverse, BLOCK=64, num_warps=1
+        carry,
+        exponent,
+        shifts,
+        start,
+        i.A2,
+        d_inner,
+        d_state,
+        n_segments,
+        REVERSE=reverse,
+        BLOCK=64,
+        num_warps=1,
+        **i.only("PRECISE"),
     )
 
 
@@ -255,9 +266,10 @@ def backward(
             carry, exponent, shifts = _segment_buffers(x, d_state, n_segments)
             kernels.segment_adjoints[grid](
                 ready, i.delta, i.A2, i.C, i.z, i.bias, i.seq, carry, exponent, shifts, *sizes, i.padded,
-                *_strides(ready, i.delta, i.z), **i.only("HAS_Z", "HAS_BIAS", "HAS_SEQ", "SOFTPLUS"), **options,
+                *_strides(ready, i.delta, i.z), **i.only("HAS_Z", "HAS_BIAS", "HAS_SEQ", "SOFTPLUS", "PRECISE"),
+                **options,
             )  # fmt: skip
-            _chain(carry, exponent, shifts, entering, i.A2, reverse=True)
+            _chain(i, carry, exponent, shifts, entering, reverse=True)
         buffer = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
         tile_states = buffer(blocks * batch * n_segments, chunk // plan.tile, d_state, plan.block)
         sum_A = x.new_zeros(batch, n_segments, d_state, d_inner, dtype=torch.float32)

@@ -94,7 +94,8 @@ def selective_scan(
 
     Memory:
         For the backward pass the inputs are saved and one state for every ``chunk_length`` tokens: at most
-        ``4 batch seqlen d_inner`` bytes more. The states between are recomputed.
+        ``4 batch seqlen d_inner`` bytes more. The states between are recomputed. On a GPU y is kept too where ``A`` is
+        trained, which takes no memory beside a product that trains its weight on y.
 
     Source: Gu & Dao 2023, Mamba (arXiv 2312.00752), equations 2-4 and Algorithm 2.
     """

@@ -16,7 +16,8 @@
 // Macros: one of FORWARD, BACKWARD, SEGMENT=0, SEGMENT=1; STATES, WARPS, TILE, CHUNK; X_TYPE, DELTA_TYPE, B_TYPE, C_TYPE, Z_TYPE;
 // VEC, MATRIX_VEC: elements of a group of channels, and of states of B and C; MIN_BLOCKS for each multiprocessor; (0 or 1) HAS_D,
 // HAS_Z, HAS_BIAS, HAS_SEQ, HAS_STATE (initial state, or gradient of the final one), HAS_INITIAL (its gradient is wanted),
-// HAS_CARRY, SOFTPLUS, SAVE, EXACT (d_inner is a multiple of CHANNELS).
+// HAS_CARRY, SOFTPLUS, SAVE, EXACT (d_inner is a multiple of a block's channels); backwards SETS of CHANNELS channels that a
+// block takes one after the other, HAS_Y (y is given, which tells what was before the gate).
 
 #define CHANNELS 32
 #define STATES_PER_WARP ((STATES + WARPS - 1) / WARPS)
