@@ -11,7 +11,10 @@ from mambacus.reporting.table import Cell, Table, make_table
 
 def script_tables(sources: Sequence[Source]) -> tuple[Table, ...]:
     """Return the tables of the scripts' records."""
-    return soak_table(sources), tied_merge_table(sources), prompt_states_table(sources), arithmetic_table(sources)
+    return (
+        soak_table(sources), tied_merge_table(sources), prompt_states_table(sources), arithmetic_table(sources),
+        parity_table(sources),
+    )  # fmt: skip
 
 
 def soak_table(sources: Sequence[Source]) -> Table:
@@ -71,6 +74,25 @@ def arithmetic_table(sources: Sequence[Source]) -> Table:
             body.append([_named(name, source), nats, Cell(gain, f"standard error {error:.2f}" if error else "")])
     columns = ("State", "#Nats a token", "#Gain a problem, nats")
     return make_table("state-arithmetic", columns, body, title="Arithmetic of prompt states")
+
+
+def parity_table(sources: Sequence[Source]) -> Table:
+    """Every request of a task answered by both sides: one row a task and batch size."""
+    body: list[list[Cell | str]] = [
+        [
+            _named(row["task"], source), f"{row['batch_size']:,}", f"{row['requests']:,}",
+            f"{row['worst_nats']:.1e}" if row["worst_nats"] else "–",
+            f"{row['worst_rolling']:.1e}" if row["worst_rolling"] else "–",
+            f"{row['greedy_differ'] + row['texts_differ']:,}", f"{row['metrics_differ']:,}",
+            "yes" if row["held"] else "no",
+        ]
+        for source in of_kind(sources, "evaluation-parity")
+        for row in source.record.results["rows"]
+    ]  # fmt: skip
+    columns = ("Task", "#Batch", "#Requests", "#Worst request, nats", "#Worst document, part", "#Other texts",
+               "#Other metrics", "Within the bars")  # fmt: skip
+    about = "The same requests to lm_eval's hf model and to ours, on one checkpoint in float32."
+    return make_table("evaluation-parity", columns, body, title="The numbers of lm_eval", about=about)
 
 
 def _named(name: str, source: Source) -> Cell:

@@ -19,6 +19,7 @@ RESULTS: dict[str, dict[str, type]] = {
     "chat": {}, "serve-soak": {},
     "convert": {}, "report": {}, "prompt": {"search": dict, "finals": dict, "test": dict}, "prompt-compile": {},
     "prompt-tune": {"train": dict}, "prompt-states": {"rows": dict}, "state-arithmetic": {"rows": dict},
+    "evaluation-parity": {"rows": list},
     "sweep": {"axes": list, "runs": list}, "controlled": {"rows": list, "summary": list, "predictions": list},
     "tied-merge": {"rows": list},
 }  # fmt: skip
