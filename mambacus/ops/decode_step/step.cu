@@ -306,16 +306,16 @@ __device__ __forceinline__ float of_rank(const float* place, int rank) {
 __device__ __forceinline__ float of_rank(const float* place, int) { return *place; }
 #endif
 
-// Stage number ``stage`` of this block, of LINES_OF rows of ``from``: 4 STAGE threads for the neighbouring bytes of a row.
-template <int LINES_OF> __device__ __forceinline__ void fill(char* to, const void* from, int first, int last, int stage) {
-  const int piece = (blockIdx.x % SPLITS * STAGES + stage) * STAGE;
+#define CHUNKS (4 * STAGE)  // threads, of 16 bytes, for a row
+#define EVEN (K / 32 % (STAGE * SPLITS) == 0)
+
+// A stage of LINES_OF rows, of which the first ``count`` exist: ``to`` and ``from`` are this thread's, in the first of its rows.
+template <int LINES_OF> __device__ __forceinline__ void fill(char* to, const char* from, int count, bool exists) {
+  const int line = threadIdx.x / CHUNKS;
 #pragma unroll
-  for (int e = threadIdx.x; e < 4 * STAGE * LINES_OF; e += THREADS) {
-    const int line = e / (4 * STAGE), chunk = e % (4 * STAGE), here = piece + chunk / 4;
-    const bool exists = here < K / 32;
-    const char* place = at<1>(from, (long long)min(first + line, last) * K) + (exists ? 64 * here + 16 * (chunk % 4) : 0);
-    copy_async(to + chunk / 4 * (64 * LINES_OF + 64) + 64 * line + 16 * (chunk % 4), place, exists);
-  }
+  for (int l = 0; l < LINES_OF; l += THREADS / CHUNKS)
+    if (LINES_OF % (THREADS / CHUNKS) == 0 || line + l < LINES_OF)
+      copy_async(to + 64 * l, from + 2LL * l * K, line + l < count && (EVEN || exists));
 }
 
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, MIN_BLOCKS) wide(const Args p) {
@@ -323,17 +323,21 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, MIN_BLOCKS) wide(c
   char* ring = (char*)memory;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, rank = blockIdx.x % SPLITS, tile = blockIdx.x / SPLITS;
   const int own_m = warp % WARPS_M * OWN_M, own_n = warp / WARPS_M % WARPS_N * OWN_N, own_k = warp / (WARPS_M * WARPS_N);
-  const int first = tile * TILE;
+  const int first = tile * TILE, chunk = threadIdx.x % CHUNKS, line = threadIdx.x / CHUNKS, piece = rank * STAGES * STAGE + chunk / 4;
+  const long long start = (long long)line * K + 32 * piece + 8 * (chunk % 4);
+  const char *weight = at<1>(p.weight, (long long)first * K + start), *input = at<1>(p.x, start);
+  char* own_weights = ring + chunk / 4 * WEIGHT_PIECE + 64 * line + 16 * (chunk % 4);
+  char* own_inputs = ring + STAGE * WEIGHT_PIECE + chunk / 4 * INPUT_PIECE + 64 * line + 16 * (chunk % 4);
   start_next();
 #pragma unroll
   for (int s = 0; s < RING - 1; s++)
-    if (s < STAGES) fill<TILE>(ring + s * STAGE_BYTES, p.weight, first, OUTPUTS - 1, s);
+    if (s < STAGES) fill<TILE>(own_weights + s * STAGE_BYTES, weight + 64 * STAGE * s, OUTPUTS - first, piece + STAGE * s < K / 32);
   float norm[LINES];
   if (KIND == 1) read_norm(p, tile, norm);
   await_previous();
 #pragma unroll
   for (int s = 0; s < RING - 1; s++) {
-    if (s < STAGES) fill<COLUMNS>(ring + s * STAGE_BYTES + STAGE * WEIGHT_PIECE, p.x, 0, p.batch - 1, s);
+    if (s < STAGES) fill<COLUMNS>(own_inputs + s * STAGE_BYTES, input + 64 * STAGE * s, p.batch, piece + STAGE * s < K / 32);
     end_group();
   }
   float before[TURNS][LINES], scale[TURNS];  // of the rows that this warp will finish
@@ -344,8 +348,13 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, MIN_BLOCKS) wide(c
 #pragma unroll
       for (int l = 0; l < LINES; l++) before[turn][l] = fresh_float(p.residual + (long long)row * OUTPUTS + min(first + lane + 32 * l, OUTPUTS - 1));
     } else {
-      scale[turn] = 0.0f;
-      for (int part = lane; part < PARTS; part += 32) scale[turn] += fresh_float(p.squares + row * PARTS + part);
+      float squares = 0.0f;
+#pragma unroll
+      for (int part = 0; part < PARTS; part += 32) {
+        const float own = fresh_float(p.squares + row * PARTS + min(part + lane, PARTS - 1));
+        if (part + lane < PARTS) squares += own;
+      }
+      scale[turn] = squares;
     }
   }
   float sums[OWN_M][OWN_N][4];
@@ -355,16 +364,18 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, MIN_BLOCKS) wide(c
     for (int n = 0; n < OWN_N; n++)
 #pragma unroll
       for (int k = 0; k < 4; k++) sums[m][n][k] = 0.0f;
-  for (int s = 0; s < STAGES; s++) {
+  for (int s = 0, full = 0, left = (RING - 1) * STAGE_BYTES; s < STAGES; s++) {  // bytes to the stages to be read and filled
     await_groups<RING - 2>();
     __syncthreads();  // stage s is there, and all have left the one before it
-    if (s + RING - 1 < STAGES) {
-      char* next = ring + (s + RING - 1) % RING * STAGE_BYTES;
-      fill<TILE>(next, p.weight, first, OUTPUTS - 1, s + RING - 1);
-      fill<COLUMNS>(next + STAGE * WEIGHT_PIECE, p.x, 0, p.batch - 1, s + RING - 1);
+    if (const int next = s + RING - 1; next < STAGES) {
+      const bool exists = piece + STAGE * next < K / 32;
+      fill<TILE>(own_weights + left, weight + 64 * STAGE * next, OUTPUTS - first, exists);
+      fill<COLUMNS>(own_inputs + left, input + 64 * STAGE * next, p.batch, exists);
     }
     end_group();
-    const char* stage = ring + s % RING * STAGE_BYTES + 16 * lane;  // a lane's 16 of 8 rows' 512 bytes
+    const char* stage = ring + full + 16 * lane;  // a lane's 16 of 8 rows' 512 bytes
+    left = full;
+    full = full == (RING - 1) * STAGE_BYTES ? 0 : full + STAGE_BYTES;
 #pragma unroll
     for (int j = 0; j < STAGE / WARPS_K; j++) {
       const char* weights = stage + (j * WARPS_K + own_k) * WEIGHT_PIECE + 1024 * own_m;
