@@ -1,8 +1,8 @@
 """One token through a Mamba-1 on an NVIDIA GPU: the launches of ``step.cu``.
 
-Few rows run on its kernels alone, four for each layer, and more rows on five; many rows leave the products to torch.
-Results are the same run to run: no atomics. The kernels read weights and states before they wait for the kernel before them; the first one
-of a step is launched plainly and waits for all that was queued before.
+Few rows run on its kernels alone, four for each layer, more rows on five; many rows leave the products to torch.
+Results are the same run to run: no atomics. The kernels read weights and states before they wait for the kernel before
+them; the first one of a step is launched plainly and waits for all that was queued before.
 """
 
 from __future__ import annotations
