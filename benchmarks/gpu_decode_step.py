@@ -38,7 +38,8 @@ from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Stopwatch, write_record
 
 DEVICE = torch.device("cuda")
-FEW_ROWS, WIDE_ROWS, AHEAD, AHEAD_ROWS = gpu.FEW_ROWS, gpu.WIDE_ROWS, gpu.AHEAD, gpu.AHEAD_ROWS
+FEW_ROWS, WIDE_ROWS, RING_BYTES = gpu.FEW_ROWS, gpu.WIDE_ROWS, gpu.RING_BYTES
+AHEAD, AHEAD_ROWS = gpu.AHEAD, gpu.AHEAD_ROWS
 SHORT = [f"engine:1.4b:{rows}:16:256" for rows in (1, 64, 512)] + ["engine:130m:1:16:256"]
 LONG = [f"engine:1.4b:{rows}:2048:128" for rows in (1, 8, 32, 128)]
 STEPS = ["step:130m:1"] + [f"step:1.4b:{rows}" for rows in (1, 8, 16, 32, 64, 128, 512)]
@@ -55,12 +56,15 @@ TILINGS = {  # tiles of 16 outputs, warps, ring, blocks of a multiprocessor; by 
 WIDE_CUTS = [(4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)]  # tiles of 16 outputs, blocks that share the inputs
 
 
-def choose(rows: int, path: str = "", ahead: dict[str, int] = AHEAD, ahead_rows: int = AHEAD_ROWS) -> None:
+def choose(
+    rows: int, path: str = "", ahead: dict[str, int] = AHEAD, ahead_rows: int = AHEAD_ROWS, ring: int = RING_BYTES
+) -> None:
     """Let ``few``, ``wide`` or ``many`` step so many rows; ``""``: as the rule has it."""
     gpu.FEW_ROWS = {"few": rows, "": FEW_ROWS}.get(path, 0)
     gpu.WIDE_ROWS = {"wide": rows, "": WIDE_ROWS}.get(path, 0)
-    gpu.AHEAD, gpu.AHEAD_ROWS = ahead, ahead_rows
+    gpu.AHEAD, gpu.AHEAD_ROWS, gpu.RING_BYTES = ahead, ahead_rows, ring
     gpu.product_launch.cache_clear()
+    gpu.wide_launch.cache_clear()
     assert path in ("", gpu.path(rows, torch.cuda.current_device())), path
 
 
@@ -171,6 +175,8 @@ def step(name: str, rows: int, copy_gb_s: float) -> dict[str, Any]:
         }  # fmt: skip
     if rows < 16:
         del ways["many"], ways["wide"]
+    elif rows <= 128:
+        ways["wide, one block a multiprocessor"] = ("wide", AHEAD, rows, 132 << 10)
     ways["modules"] = ("",)
     for label, way in ways.items():
         choose(rows, *way)

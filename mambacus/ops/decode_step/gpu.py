@@ -24,6 +24,7 @@ from mambacus.ops.rms_norm import add_rms_norm, rms_norm
 
 FEW_ROWS = 48  # up to here products read their weights into registers
 WIDE_ROWS = 128  # and up to here into shared memory, on GPUs with clusters; 0: never
+RING_BYTES = 100 << 10  # of shared memory for each block of those: two blocks fit a multiprocessor
 # Bytes of the next product's weight that each product asks L2 for: out_proj while convolve and update leave the memory
 # idle; of in_proj, or the head, what is read while one product ends and the next begins.
 AHEAD = {"in": 24 << 20, "out": 8 << 20, "head": 0}
@@ -36,7 +37,6 @@ _CONV_ROWS = 8
 _THREADS_AT_ONCE = 132 * 512  # of ``update`` on an H100, by their registers
 _WIDE_MOST_ROWS = 128
 _WIDE_WARPS = 8
-_RING_BYTES = 100 << 10  # two blocks fit a multiprocessor
 _KINDS = {"in": 0, "out": 1, "head": 2}
 _SOURCE = Path(__file__).with_name("step.cu")
 _Args = nvrtc.struct(
@@ -231,7 +231,7 @@ def wide_launch(kind: str, shape: Shape, eps: float, cut: WideCut | None = None)
     warps_k = _WIDE_WARPS // (warps_m * warps_n)
     stage = max(2, warps_k)
     stage_bytes = stage * 64 * (tile + 8 * n_tiles + 2)
-    ring = min(8, _RING_BYTES // stage_bytes)
+    ring = min(8, RING_BYTES // stage_bytes)
     return _launch(
         shape, "wide", (cut.splits * -(-outputs // tile), 1, 1), 32 * _WIDE_WARPS,
         max(ring * stage_bytes, 4 * warps_k * 8 * n_tiles * (tile + 4)), min_blocks=2, eps=eps, OUTPUTS=outputs,
