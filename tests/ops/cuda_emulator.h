@@ -1,7 +1,6 @@
 // Runs CUDA C++ kernels on a CPU, one block at a time, for tests: each thread is a fiber that runs until it meets a barrier or a
 // shuffle. A warp's shuffles are exchanged as soon as its 32 threads have met; a block's barrier opens when all its threads
-// wait there, a cluster's when those of all its SPLITS blocks do. Threads that part ways abort the program, which on a GPU would hang or
-// return rubbish.
+// wait there. Threads that part ways at either abort the program, which on a GPU would hang or return rubbish.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -17,12 +16,6 @@
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
-#define __cluster_dims__(...)
-#ifdef SPLITS
-#define CLUSTER_BLOCKS SPLITS
-#else
-#define CLUSTER_BLOCKS 1
-#endif
 
 struct Index {
   int x, y, z;
@@ -61,7 +54,7 @@ static unsigned short narrow_f16(float value) {
 }
 
 namespace emulator {
-enum Wait { RUNNING, BARRIER, ALL_BLOCKS, SENT, RECEIVED };
+enum Wait { RUNNING, BARRIER, SENT, RECEIVED };
 struct Fiber {
   ucontext_t context;
   char* stack;
@@ -86,38 +79,24 @@ static void entry() {
   fibers[current].done = true;
   swapcontext(&fibers[current].context, &scheduler);
 }
-static int threads_of_block, bytes_of_block;
-static char* cluster_memory;
-static Index first_block;
-static void resume(int thread) {  // numbered through the blocks of a cluster
-  const int rank = thread / threads_of_block;
-  current = thread;
-  threadIdx.x = thread % threads_of_block;
-  blockIdx.x = first_block.x + rank;
-  dynamic_memory = cluster_memory + rank * bytes_of_block;
+static void resume(int thread) {
+  current = threadIdx.x = thread;
   fibers[thread].wait = RUNNING;
   swapcontext(&scheduler, &fibers[thread].context);
-}
-static const float* of_rank(const float* place, int rank) {
-  return (const float*)(cluster_memory + rank * bytes_of_block + ((const char*)place - dynamic_memory));
 }
 static void run_warp(int warp) {  // to the next barrier or the end
   for (bool first = true;; first = false) {
     for (int t = 32 * warp; t < 32 * warp + 32; t++)
-      if (!fibers[t].done && (first || fibers[t].wait > ALL_BLOCKS)) resume(t);
+      if (!fibers[t].done && (first || fibers[t].wait > BARRIER)) resume(t);
     int shuffling = 0;
-    for (int t = 32 * warp; t < 32 * warp + 32; t++) shuffling += !fibers[t].done && fibers[t].wait > ALL_BLOCKS;
+    for (int t = 32 * warp; t < 32 * warp + 32; t++) shuffling += !fibers[t].done && fibers[t].wait > BARRIER;
     if (shuffling == 0) return;
     if (shuffling != 32) fprintf(stderr, "%d of 32 threads met at a shuffle\n", shuffling), abort();
   }
 }
-static bool all(int first, int count, Wait wait) {
-  return std::all_of(&fibers[first], &fibers[first] + count, [=](const Fiber& f) { return !f.done && f.wait == wait; });
-}
-static void run_cluster(int threads) {
-  const int all_threads = CLUSTER_BLOCKS * threads;
-  fibers.resize(all_threads);
-  slots.resize(6 * all_threads);
+static void run_block(int threads) {
+  fibers.resize(threads);
+  slots.resize(6 * threads);
   for (Fiber& fiber : fibers) {
     if (!fiber.stack) fiber.stack = (char*)malloc(STACK_BYTES);
     getcontext(&fiber.context);
@@ -127,14 +106,10 @@ static void run_cluster(int threads) {
     makecontext(&fiber.context, entry, 0);
   }
   while (true) {
-    for (int first = 0; first < all_threads; first += threads)
-      do {
-        for (int warp = first / 32; warp < (first + threads) / 32; warp++) run_warp(warp);
-      } while (all(first, threads, BARRIER));
-    if (all(0, all_threads, ALL_BLOCKS)) continue;
+    for (int warp = 0; warp < threads / 32; warp++) run_warp(warp);
     const int done = std::count_if(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.done; });
-    if (done == all_threads) return;
-    fprintf(stderr, "%d of %d threads missed a barrier\n", done, all_threads), abort();
+    if (done == threads) return;
+    if (done != 0) fprintf(stderr, "%d of %d threads missed a barrier\n", done, threads), abort();
   }
 }
 static void launch(Kernel function, const void* args, Index grid, int threads, int shared_bytes) {
@@ -142,23 +117,21 @@ static void launch(Kernel function, const void* args, Index grid, int threads, i
   arguments = args;
   blockDim = {threads, 1, 1};
   gridDim = grid;
-  threads_of_block = threads;
-  bytes_of_block = shared_bytes / 64 * 64 + 64;
-  cluster_memory = (char*)aligned_alloc(64, CLUSTER_BLOCKS * bytes_of_block);
+  dynamic_memory = (char*)aligned_alloc(64, shared_bytes / 64 * 64 + 64);
   for (int z = 0; z < grid.z; z++)
     for (int y = 0; y < grid.y; y++)
-      for (int x = 0; x < grid.x; x += CLUSTER_BLOCKS) {
-        memset(cluster_memory, 0xff, CLUSTER_BLOCKS * bytes_of_block);  // NaN
-        first_block = blockIdx = {x, y, z};
-        run_cluster(threads);
+      for (int x = 0; x < grid.x; x++) {
+        memset(dynamic_memory, 0xff, shared_bytes);  // NaN
+        blockIdx = {x, y, z};
+        run_block(threads);
       }
-  free(cluster_memory);
+  free(dynamic_memory);
 }
 }  // namespace emulator
 
 // mma.sync.m16n8k8 of tf32: every lane deposits its part of A and B and picks up what its part of D takes.
 static void mma(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
-  const int here = emulator::current, warp = here / 32 * 32, group = here % 32 / 4, place = here % 4;
+  const int here = threadIdx.x, warp = here / 32 * 32, group = here % 32 / 4, place = here % 4;
   const float own[6] = {a0, a1, a2, a3, b0, b1};
   for (int k = 0; k < 6; k++) emulator::slots[6 * here + k] = __uint_as_float(__float_as_uint(own[k]) & 0xffffe000u);
   emulator::stop(emulator::SENT);
@@ -174,7 +147,7 @@ static void mma(float (&d)[4], float a0, float a1, float a2, float a3, float b0,
 
 // mma.sync.m16n8k16 of bfloat16: the same with two elements in each word.
 static void mma_bf16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-  const int here = emulator::current, warp = here / 32 * 32, group = here % 32 / 4, place = here % 4;
+  const int here = threadIdx.x, warp = here / 32 * 32, group = here % 32 / 4, place = here % 4;
   const unsigned own[6] = {a0, a1, a2, a3, b0, b1};
   memcpy(&emulator::slots[6 * here], own, sizeof own);
   emulator::stop(emulator::SENT);
@@ -202,7 +175,7 @@ static int __syncthreads_or(int value) {
   return any;
 }
 static float __shfl_xor_sync(unsigned, float value, int mask) {
-  const int here = emulator::current;
+  const int here = threadIdx.x;
   emulator::slots[here] = value;
   emulator::stop(emulator::SENT);
   const float other = emulator::slots[here ^ mask];

@@ -66,13 +66,6 @@ INSTRUCTIONS = {  # of the GPU, and what they do
     "griddepcontrol.launch_dependents": "",
     "griddepcontrol.wait": "",
     "cp.async.bulk.prefetch.L2.global": "",
-    "cp.async.cg.shared.global": "exists ? memcpy(to, from, 16) : memset(to, 0, 16);",
-    "cp.async.commit_group": "",
-    "cp.async.wait_group": "",
-    "barrier.cluster.arrive": "emulator::stop(emulator::ALL_BLOCKS);",
-    "barrier.cluster.wait": "",
-    "mapa.shared::cluster": "remote = rank;",
-    "ld.shared::cluster": "value = *emulator::of_rank(place, remote);",
     "ex2.approx.ftz.f32": "y = exp2f(x);",
     "rcp.approx.ftz.f32": "y = 1.0f / x;",
 }
@@ -86,9 +79,7 @@ def translate(source: str) -> str:
     source = source.replace(
         "extern __shared__ __align__(16) float memory[];", "float* memory = (float*)dynamic_memory;"
     )
-    kernel = re.compile(
-        r'extern "C" __global__ void (?:CLUSTER )?(?:__launch_bounds__\([^)]*\) )?(\w+)\(const Args p\) \{'
-    )
+    kernel = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(const Args p\) \{')
     launch = (
         r'struct Args; static void \1_body(const Args&); extern "C" void launch_\1(const void* args, int x, int y, '
         r"int z, int threads, int shared_bytes) { emulator::launch([](const void* a) { \1_body(*(const Args*)a); }, "
@@ -354,10 +345,6 @@ def run_few(weights: StepWeights, tokens: Tensor, *states: Tensor) -> Tensor:
     return step.few(weights, step.Shape.of(weights, len(tokens)), tokens, *states)
 
 
-def run_wide(weights: StepWeights, tokens: Tensor, *states: Tensor) -> Tensor:
-    return step.few(weights, step.Shape.of(weights, len(tokens)), tokens, *states, wide=True)
-
-
 def run_many(weights: StepWeights, tokens: Tensor, *states: Tensor) -> Tensor:
     conv_state, ssm_state, counts = states
     counts.add_(1)
@@ -367,16 +354,6 @@ def run_many(weights: StepWeights, tokens: Tensor, *states: Tensor) -> Tensor:
 @pytest.mark.parametrize("batch", [1, 3, 8, 11, 20, 32, 48])
 def test_step_of_few_rows(batch: int) -> None:
     hold_step(run_few, step_weights(), batch)
-
-
-@pytest.mark.parametrize("batch", [17, 33, 48, 63, 64, 96, 127, 128])
-def test_step_of_more_rows(batch: int) -> None:
-    hold_step(run_wide, step_weights(n_layer=1), batch)
-
-
-@pytest.mark.parametrize("sizes", STEP_SHAPES, ids=str)
-def test_step_shapes_of_more_rows(sizes: dict[str, Any]) -> None:
-    hold_step(run_wide, step_weights(**sizes), 9)
 
 
 class EmulatedDecoder(Decoder):

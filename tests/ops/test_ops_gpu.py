@@ -26,7 +26,6 @@ from mambacus.models import MambaConfig, MambaLM
 from mambacus.ops import add_rms_norm, causal_conv1d, linear, linear_cross_entropy, rms_norm, selective_scan, twins
 from mambacus.ops.causal_conv1d.reference import causal_conv1d_update_ref
 from mambacus.ops.decode_step import decode_step
-from mambacus.ops.decode_step import gpu as step
 from mambacus.ops.linear import gpu as linear_gpu
 from mambacus.ops.linear.dropout import drop
 from mambacus.ops.linear.gpu import lora_linear
@@ -279,15 +278,6 @@ def test_fused_step(batch: int) -> None:
 )
 def test_fused_step_shapes(sizes: dict[str, Any]) -> None:
     for batch in (1, 5, 12, 30, 70):
-        hold_step(functools.partial(decode_step, backend="cuda"), step_weights(**sizes, device="cuda"), batch)
-
-
-@pytest.mark.parametrize("batch", [17, 32, 33, 48, 63, 64, 96, 127, 128])
-def test_fused_step_of_more_rows(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "FEW_ROWS", 0)
-    monkeypatch.setattr(step, "WIDE_ROWS", 128)
-    assert step.path(batch, torch.cuda.current_device()) == "wide"
-    for sizes in ({}, {"d_model": 768, "dt_rank": 48, "vocabulary": 1001, "n_layer": 3}, *STEP_SHAPES):
         hold_step(functools.partial(decode_step, backend="cuda"), step_weights(**sizes, device="cuda"), batch)
 
 

@@ -1,8 +1,8 @@
 """One token through a Mamba-1 on an NVIDIA GPU: the launches of ``step.cu``.
 
-Few rows run on its kernels alone, four for each layer, more rows on five; many rows leave the products to torch.
-Results are the same run to run: no atomics. The kernels read weights and states before they wait for the kernel before
-them; the first one of a step is launched plainly and waits for all that was queued before.
+Few rows run on its kernels alone, four for each layer; many rows leave the products to torch. Results are the same
+run to run: no atomics. The kernels read weights and states before they wait for the kernel before them; the first one
+of a step is launched plainly and waits for all that was queued before.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from mambacus.ops.linear.gpu import float32_product
 from mambacus.ops.nvrtc import Launch, Program
 from mambacus.ops.rms_norm import add_rms_norm, rms_norm
 
-FEW_ROWS = 48  # up to here products read their weights into registers
-WIDE_ROWS = 128  # and up to here into shared memory, on GPUs with clusters; 0: never
-RING_BYTES = 100 << 10  # of shared memory for each block of those: two blocks fit a multiprocessor
+FEW_ROWS = 48  # up to here the own products are used
 # Bytes of the next product's weight that each product asks L2 for: out_proj while convolve and update leave the memory
 # idle; of in_proj, or the head, what is read while one product ends and the next begins.
 AHEAD = {"in": 24 << 20, "out": 8 << 20, "head": 0}
@@ -35,8 +33,6 @@ _D_STATES = (8, 16, 32, 64)
 _MOST_OUTPUTS = 16 * 24  # of x_proj: a warp for 16, at most 768 threads
 _CONV_ROWS = 8
 _THREADS_AT_ONCE = 132 * 512  # of ``update`` on an H100, by their registers
-_WIDE_MOST_ROWS = 128
-_WIDE_WARPS = 8
 _KINDS = {"in": 0, "out": 1, "head": 2}
 _SOURCE = Path(__file__).with_name("step.cu")
 _Args = nvrtc.struct(
@@ -60,18 +56,6 @@ class Tiling(NamedTuple):
     warps: int
     ring: int
     min_blocks: int
-
-
-class WideCut(NamedTuple):
-    """How a product of more rows is cut.
-
-    Attributes:
-        m_tiles: tiles of 16 outputs of a block, a multiple of 4.
-        splits: blocks that share the inputs, a cluster.
-    """
-
-    m_tiles: int
-    splits: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,15 +143,6 @@ def tiling(kind: str, outputs: int, batch: int) -> Tiling:
     return Tiling(2, 8, 3, 2) if batch <= 16 else Tiling(4, 8, 2, 1) if batch <= 32 else Tiling(2, 8, 2, 1)
 
 
-def wide_cut(kind: str, batch: int) -> WideCut:
-    """Return how to cut a product of more rows: blocks for all multiprocessors, of which each reads few inputs."""
-    if kind == "out":
-        return WideCut(4, 4)
-    if kind == "head":
-        return WideCut(8, 1)
-    return WideCut(4, 1) if batch <= 64 else WideCut(8, 2)
-
-
 @functools.cache
 def _program(device: int, **values: Any) -> Program:
     return Program(nvrtc.source(_SOURCE), nvrtc.macros(**values), device)
@@ -182,10 +157,9 @@ def _launch(
     return Launch.of(program, kernel, grid, threads, _Args, numbers, shared_bytes, overlaps=overlaps)
 
 
-def _parts(shape: Shape, wide: bool = False) -> tuple[int, int]:
+def _parts(shape: Shape) -> tuple[int, int]:
     """Return how many elements of the residual stream a block writes, and how many such parts there are."""
-    cut = wide_cut("out", shape.batch) if wide else tiling("out", shape.d_model, shape.batch)
-    tile = 16 * cut.m_tiles
+    tile = 16 * tiling("out", shape.d_model, shape.batch).m_tiles
     return tile, -(-shape.d_model // tile)
 
 
@@ -222,27 +196,8 @@ def product_launch(kind: str, shape: Shape, eps: float, cut: Tiling | None = Non
 
 
 @functools.lru_cache(maxsize=256)
-def wide_launch(kind: str, shape: Shape, eps: float, cut: WideCut | None = None) -> Launch:
-    """Return the launch of a product of more rows."""
-    outputs, inputs = _sizes(shape)[kind]
-    cut = cut or wide_cut(kind, shape.batch)
-    tile, n_tiles = 16 * cut.m_tiles, 4 * -(-shape.batch // 32)
-    warps_m, warps_n = cut.m_tiles // 2, 1 if n_tiles == 4 else 2
-    warps_k = _WIDE_WARPS // (warps_m * warps_n)
-    stage = max(2, warps_k)
-    stage_bytes = stage * 64 * (tile + 8 * n_tiles + 2)
-    ring = min(8, RING_BYTES // stage_bytes)
-    return _launch(
-        shape, "wide", (cut.splits * -(-outputs // tile), 1, 1), 32 * _WIDE_WARPS,
-        max(ring * stage_bytes, 4 * warps_k * 8 * n_tiles * (tile + 4)), min_blocks=2, eps=eps, OUTPUTS=outputs,
-        K=inputs, KIND=_KINDS[kind], M_TILES=cut.m_tiles, N_TILES=n_tiles, RING=ring, STAGE=stage, TILE=tile,
-        PARTS=_parts(shape, True)[1], WARPS_M=warps_m, WARPS_N=warps_n, SPLITS=cut.splits,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=256)
-def _embed_launch(shape: Shape, wide: bool) -> Launch:
-    tile, parts = _parts(shape, wide)
+def _embed_launch(shape: Shape) -> Launch:
+    tile, parts = _parts(shape)
     sizes = {"OUTPUTS": shape.d_model, "TILE": tile, "PARTS": parts}
     return _launch(shape, "embed", (shape.batch, 1, 1), 256, overlaps=False, **sizes)
 
@@ -258,17 +213,7 @@ def _convolve_launch(shape: Shape, projects: bool) -> Launch:
 
 
 @functools.lru_cache(maxsize=256)
-def _delta_launch(shape: Shape) -> Launch:
-    threads = min(512, 2 * shape.d_inner)
-    return _launch(
-        shape, "delta", (-(-2 * shape.d_inner // threads), -(-shape.batch // _CONV_ROWS), 1), threads,
-        D_INNER=shape.d_inner, DT_RANK=shape.dt_rank, OUTPUTS=shape.outputs, BLOCK_ROWS=_CONV_ROWS,
-        SLICES=shape.d_inner // shape.slice,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=256)
-def _update_launch(shape: Shape, projects: bool, overlaps: bool) -> Launch:
+def _update_launch(shape: Shape, projects: bool) -> Launch:
     channels = 32 if shape.batch < 8 or not projects else 128
     while shape.d_inner % channels or channels * shape.d_state // 4 > 512:
         channels //= 2
@@ -277,36 +222,26 @@ def _update_launch(shape: Shape, projects: bool, overlaps: bool) -> Launch:
     while projects and rows < 8 and columns * -(-shape.batch // rows) * threads > _THREADS_AT_ONCE:
         rows *= 2
     return _launch(
-        shape, "update", (columns, -(-shape.batch // rows), 1), threads, overlaps=overlaps, D_INNER=shape.d_inner,
+        shape, "update", (columns, -(-shape.batch // rows), 1), threads, overlaps=projects, D_INNER=shape.d_inner,
         D_STATE=shape.d_state, DT_RANK=shape.dt_rank, OUTPUTS=shape.outputs, BLOCK_ROWS=rows,
         SLICES=shape.d_inner // shape.slice if projects else 0,
     )  # fmt: skip
 
 
-def path(batch: int, device: int) -> str:
-    """Return which kernels step so many rows: ``few``, ``wide`` or ``many``."""
-    if batch <= FEW_ROWS:
-        return "few"
-    wide = batch <= min(WIDE_ROWS, _WIDE_MOST_ROWS) and torch.cuda.get_device_capability(device) >= (9, 0)
-    return "wide" if wide else "many"
-
-
 def run(weights: StepWeights, tokens: Tensor, conv_state: Tensor, ssm_state: Tensor, counts: Tensor) -> Tensor:
     """Run the kernels behind `decode_step`."""
     shape = Shape.of(weights, len(tokens))
-    chosen = path(shape.batch, shape.device)
     with nvrtc.on_device(tokens.device):
-        if chosen != "many":
-            return few(weights, shape, tokens, conv_state, ssm_state, counts, wide=chosen == "wide")
+        if shape.batch <= FEW_ROWS:
+            return few(weights, shape, tokens, conv_state, ssm_state, counts)
         counts.add_(1)
         return many(weights, shape, tokens, conv_state, ssm_state)
 
 
 def few(
-    weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor, ssm_state: Tensor, counts: Tensor, *,
-    wide: bool = False,
-) -> Tensor:  # fmt: skip
-    """Step few rows, or more with ``wide``, on own kernels alone."""
+    weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor, ssm_state: Tensor, counts: Tensor
+) -> Tensor:
+    """Step few rows on own kernels alone."""
     batch, eps = shape.batch, weights.eps
 
     def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -314,28 +249,25 @@ def few(
 
     residual, squares = (
         empty(batch, shape.d_model, dtype=torch.float32),
-        empty(batch, _parts(shape, wide)[1], dtype=torch.float32),
+        empty(batch, _parts(shape)[1], dtype=torch.float32),
     )
     normed, xz = empty(batch, shape.d_model), empty(batch, 2 * shape.d_inner)
     mixed, y = empty(batch, shape.d_inner), empty(batch, shape.d_inner)
     part = empty(shape.d_inner // shape.slice, batch, shape.outputs, dtype=torch.float32)
-    sums = {"projected": empty(batch, shape.outputs), "delta": empty(batch, shape.d_inner)} if wide else {}
     logits = empty(batch, shape.vocabulary, dtype=torch.float32)
-    launches = {kind: (wide_launch if wide else product_launch)(kind, shape, eps) for kind in _KINDS}
+    launches = {kind: product_launch(kind, shape, eps) for kind in _KINDS}
     stream = {"residual": residual, "normed": normed, "squares": squares}
     norms = [layer.norm for layer in weights.layers] + [weights.norm_f]
     products = [layer.in_proj for layer in weights.layers] + [weights.head]
-    _embed_launch(shape, wide)(tokens=tokens, counts=counts, embedding=weights.embedding, norm=norms[0], **stream)
+    _embed_launch(shape)(tokens=tokens, counts=counts, embedding=weights.embedding, norm=norms[0], **stream)
     for index, layer in enumerate(weights.layers):
         launches["in"](weight=layer.in_proj, x=normed, squares=squares, y=xz, next=layer.out_proj)
         _convolve_launch(shape, True)(
             weight=layer.x_proj, taps=layer.conv_weight, taps_bias=layer.conv_bias, xz=xz,
             conv_state=conv_state[index], mixed=mixed, part=part,
         )  # fmt: skip
-        if wide:
-            _delta_launch(shape)(part=part, dt_weight=layer.dt_proj, **sums)
-        _update_launch(shape, not wide, True)(
-            part=part, dt_weight=layer.dt_proj, **sums, **_scan(layer, ssm_state[index]), mixed=mixed, xz=xz, y=y
+        _update_launch(shape, True)(
+            part=part, dt_weight=layer.dt_proj, **_scan(layer, ssm_state[index]), mixed=mixed, xz=xz, y=y
         )
         launches["out"](weight=layer.out_proj, x=y, norm=norms[index + 1], next=products[index + 1], **stream)
     launches["head"](weight=weights.head, x=normed, squares=squares, y=logits)
@@ -359,7 +291,7 @@ def many(weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor,
         projected = F.linear(mixed, layer.x_proj)
         delta = F.linear(projected[:, : shape.dt_rank], layer.dt_proj)
         y = torch.empty_like(mixed)
-        _update_launch(shape, False, False)(
+        _update_launch(shape, False)(
             projected=projected, delta=delta, **_scan(layer, ssm_state[index]), mixed=mixed, xz=xz, y=y
         )
         added = F.linear(y, layer.out_proj)

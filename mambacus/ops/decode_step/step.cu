@@ -17,11 +17,9 @@
 // it in this graph writes what it reads, and then waits for this one (await_previous). What an earlier kernel of the step wrote is
 // read past L1 (fresh_...), which may hold older lines.
 //
-// More rows: wide in place of product, and delta between convolve and update, which then takes its sums (SLICES 0).
-//
 // Many rows: torch multiplies; convolve and update run alone (PROJECTS 0, SLICES 0).
 //
-// Macros: one of EMBED, PRODUCT, WIDE, CONVOLVE, DELTA, UPDATE; the sizes named there; THREADS, MIN_BLOCKS for each multiprocessor.
+// Macros: one of EMBED, PRODUCT, CONVOLVE, UPDATE; the sizes named there; THREADS, MIN_BLOCKS for each multiprocessor.
 
 struct Args {
   const long long* tokens;                      // (batch,)
@@ -33,8 +31,7 @@ struct Args {
   const void *taps, *taps_bias;                 // (D_INNER, 4), (D_INNER,)
   void *xz, *conv_state, *mixed;                // (batch, 2 D_INNER), (batch, D_INNER, 4), (batch, D_INNER): convolved x
   float* part;                                  // (SLICES, batch, OUTPUTS): x_proj of a slice of the channels
-  void *projected, *delta;                      // (batch, OUTPUTS), (batch, D_INNER)
-  const void* dt_weight;                        // (D_INNER, DT_RANK)
+  const void *projected, *delta, *dt_weight;    // (batch, OUTPUTS), (batch, D_INNER), (D_INNER, DT_RANK)
   const float *delta_bias, *A_log, *D;          // (D_INNER,), (D_INNER, D_STATE), (D_INNER,)
   float* ssm_state;                             // (batch, D_INNER, D_STATE)
   int batch;
@@ -100,7 +97,7 @@ template <int LANES> __device__ __forceinline__ float sum_over_lanes(float value
   return value;
 }
 
-#if defined(EMBED) || defined(PRODUCT) || defined(WIDE)
+#if defined(EMBED) || defined(PRODUCT)
 // TILE neighbouring elements of a row of the residual stream, written by one warp: lane + 32 l is element l of a lane.
 #define LINES ((TILE + 31) / 32)
 
@@ -264,171 +261,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) product(const 
 }
 #endif
 
-#ifdef WIDE
-// OUTPUTS, K, KIND, PARTS as of product, TILE = 16 M_TILES outputs of a block, N_TILES x 8 rows of the batch. Weights and inputs go
-// through RING stages of shared memory, of STAGE pieces of 32 elements each, so that few registers are held and the next kernel's
-// blocks find room to fill their own rings meanwhile. WARPS_M x WARPS_N warps share the tile, WARPS_K the pieces of a stage. SPLITS
-// neighbouring blocks, a cluster, share K and add up in the order of their ranks.
-#define WARPS (THREADS / 32)
-#define WARPS_K (WARPS / (WARPS_M * WARPS_N))
-#define OWN_M (M_TILES / WARPS_M)
-#define OWN_N (N_TILES / WARPS_N)
-#define COLUMNS (8 * N_TILES)
-#define TURNS ((COLUMNS + WARPS * SPLITS - 1) / (WARPS * SPLITS))  // rows of the batch that a warp finishes
-#define STAGES ((K / 32 + STAGE * SPLITS - 1) / (STAGE * SPLITS))  // of a block
-#define WEIGHT_PIECE (64 * TILE + 64)                             // bytes; 64 more: no bank conflicts
-#define INPUT_PIECE (64 * COLUMNS + 64)
-#define STAGE_BYTES (STAGE * (WEIGHT_PIECE + INPUT_PIECE))
-#define STRIDE (TILE + 4)
-
-__device__ __forceinline__ void copy_async(char* to, const char* from, bool exists) {  // 16 bytes, past L1; zeros if none exist
-  const int bytes = exists ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int OPEN> __device__ __forceinline__ void await_groups() { asm volatile("cp.async.wait_group %0;" : : "n"(OPEN) : "memory"); }
-#if SPLITS > 1
-#define CLUSTER __cluster_dims__(SPLITS, 1, 1)
-__device__ __forceinline__ void await_cluster() { 
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-}
-__device__ __forceinline__ float of_rank(const float* place, int rank) {
-  unsigned remote;
-  float value;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"((unsigned)__cvta_generic_to_shared(place)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
-  return value;
-}
-#else
-#define CLUSTER
-#define await_cluster() __syncthreads()
-__device__ __forceinline__ float of_rank(const float* place, int) { return *place; }
-#endif
-
-#define CHUNKS (4 * STAGE)  // threads, of 16 bytes, for a row
-#define EVEN (K / 32 % (STAGE * SPLITS) == 0)
-
-// A stage of LINES_OF rows, of which the first ``count`` exist: ``to`` and ``from`` are this thread's, in the first of its rows.
-template <int LINES_OF> __device__ __forceinline__ void fill(char* to, const char* from, int count, bool exists) {
-  const int line = threadIdx.x / CHUNKS;
-#pragma unroll
-  for (int l = 0; l < LINES_OF; l += THREADS / CHUNKS)
-    if (LINES_OF % (THREADS / CHUNKS) == 0 || line + l < LINES_OF)
-      copy_async(to + 64 * l, from + 2LL * l * K, line + l < count && (EVEN || exists));
-}
-
-extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, MIN_BLOCKS) wide(const Args p) {
-  extern __shared__ __align__(16) float memory[];
-  char* ring = (char*)memory;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, rank = blockIdx.x % SPLITS, tile = blockIdx.x / SPLITS;
-  const int own_m = warp % WARPS_M * OWN_M, own_n = warp / WARPS_M % WARPS_N * OWN_N, own_k = warp / (WARPS_M * WARPS_N);
-  const int first = tile * TILE, chunk = threadIdx.x % CHUNKS, line = threadIdx.x / CHUNKS, piece = rank * STAGES * STAGE + chunk / 4;
-  const long long start = (long long)line * K + 32 * piece + 8 * (chunk % 4);
-  const char *weight = at<1>(p.weight, (long long)first * K + start), *input = at<1>(p.x, start);
-  char* own_weights = ring + chunk / 4 * WEIGHT_PIECE + 64 * line + 16 * (chunk % 4);
-  char* own_inputs = ring + STAGE * WEIGHT_PIECE + chunk / 4 * INPUT_PIECE + 64 * line + 16 * (chunk % 4);
-  start_next();
-#pragma unroll
-  for (int s = 0; s < RING - 1; s++)
-    if (s < STAGES) fill<TILE>(own_weights + s * STAGE_BYTES, weight + 64 * STAGE * s, OUTPUTS - first, piece + STAGE * s < K / 32);
-  float norm[LINES];
-  if (KIND == 1) read_norm(p, tile, norm);
-  await_previous();
-#pragma unroll
-  for (int s = 0; s < RING - 1; s++) {
-    if (s < STAGES) fill<COLUMNS>(own_inputs + s * STAGE_BYTES, input + 64 * STAGE * s, p.batch, piece + STAGE * s < K / 32);
-    end_group();
-  }
-  float before[TURNS][LINES], scale[TURNS];  // of the rows that this warp will finish
-#pragma unroll
-  for (int turn = 0; turn < TURNS; turn++) {
-    const int row = min(warp + (turn * SPLITS + rank) * WARPS, p.batch - 1);
-    if (KIND == 1) {
-#pragma unroll
-      for (int l = 0; l < LINES; l++) before[turn][l] = fresh_float(p.residual + (long long)row * OUTPUTS + min(first + lane + 32 * l, OUTPUTS - 1));
-    } else {
-      float squares = 0.0f;
-#pragma unroll
-      for (int part = 0; part < PARTS; part += 32) {
-        const float own = fresh_float(p.squares + row * PARTS + min(part + lane, PARTS - 1));
-        if (part + lane < PARTS) squares += own;
-      }
-      scale[turn] = squares;
-    }
-  }
-  float sums[OWN_M][OWN_N][4];
-#pragma unroll
-  for (int m = 0; m < OWN_M; m++)
-#pragma unroll
-    for (int n = 0; n < OWN_N; n++)
-#pragma unroll
-      for (int k = 0; k < 4; k++) sums[m][n][k] = 0.0f;
-  for (int s = 0, full = 0, left = (RING - 1) * STAGE_BYTES; s < STAGES; s++) {  // bytes to the stages to be read and filled
-    await_groups<RING - 2>();
-    __syncthreads();  // stage s is there, and all have left the one before it
-    if (const int next = s + RING - 1; next < STAGES) {
-      const bool exists = piece + STAGE * next < K / 32;
-      fill<TILE>(own_weights + left, weight + 64 * STAGE * next, OUTPUTS - first, exists);
-      fill<COLUMNS>(own_inputs + left, input + 64 * STAGE * next, p.batch, exists);
-    }
-    end_group();
-    const char* stage = ring + full + 16 * lane;  // a lane's 16 of 8 rows' 512 bytes
-    left = full;
-    full = full == (RING - 1) * STAGE_BYTES ? 0 : full + STAGE_BYTES;
-#pragma unroll
-    for (int j = 0; j < STAGE / WARPS_K; j++) {
-      const char* weights = stage + (j * WARPS_K + own_k) * WEIGHT_PIECE + 1024 * own_m;
-      const char* inputs = stage + STAGE * WEIGHT_PIECE + (j * WARPS_K + own_k) * INPUT_PIECE + 512 * own_n;
-      Words a[2 * OWN_M];
-#pragma unroll
-      for (int m = 0; m < 2 * OWN_M; m++) a[m] = *(const Words*)(weights + 512 * m);
-#pragma unroll
-      for (int n = 0; n < OWN_N; n++) {
-        const Words b = *(const Words*)(inputs + 512 * n);
-#pragma unroll
-        for (int m = 0; m < OWN_M; m++) multiply(sums[m][n], a[2 * m], a[2 * m + 1], b);
-      }
-    }
-  }
-  await_groups<0>();
-  __syncthreads();
-#pragma unroll
-  for (int m = 0; m < OWN_M; m++)
-#pragma unroll
-    for (int n = 0; n < OWN_N; n++)
-#pragma unroll
-      for (int k = 0; k < 4; k++)
-        memory[(own_k * COLUMNS + 8 * (own_n + n) + 2 * (lane % 4) + k % 2) * STRIDE + 16 * (own_m + m) + group + k / 2 * 8] = sums[m][n][k];
-  await_cluster();
-#pragma unroll
-  for (int turn = 0; turn < TURNS; turn++) {
-    const int row = warp + (turn * SPLITS + rank) * WARPS;
-    if (row >= p.batch || row >= COLUMNS) break;
-    if (KIND != 1) scale[turn] = 1.0f / sqrtf(sum_over_lanes<32>(scale[turn]) / K + p.eps);
-    float value[LINES];
-#pragma unroll
-    for (int l = 0; l < LINES; l++) {
-      const int own = min(lane + 32 * l, TILE - 1);
-      value[l] = 0.0f;
-#pragma unroll
-      for (int r = 0; r < SPLITS; r++)
-#pragma unroll
-        for (int k = 0; k < WARPS_K; k++) value[l] += of_rank(memory + (k * COLUMNS + row) * STRIDE + own, r);
-      if (KIND == 1) {
-        value[l] += before[turn][l];
-        continue;
-      }
-      const float scaled[1] = {value[l] * scale[turn]};
-      if (lane + 32 * l < TILE && first + own < OUTPUTS)
-        put<KIND == 0>(at<KIND == 0>(p.y, (long long)row * OUTPUTS + first + own), scaled);
-    }
-    if (KIND == 1) write_residual(p, row, tile, value, norm);
-  }
-  if (SPLITS > 1) await_cluster();  // the others read this block's memory
-}
-#endif
-
 #ifdef CONVOLVE
 // D_INNER, SLICE channels of a block (a multiple of 32), BLOCK_ROWS (8) rows of the batch; HAS_BIAS; PROJECTS: OUTPUTS of x_proj
 // follow, 16 a warp. A thread convolves two neighbouring channels of every LINE-th row.
@@ -502,67 +334,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) convolve(const
     if (row < rows && output < OUTPUTS) p.part[((long long)blockIdx.x * p.batch + first + row) * OUTPUTS + output] = sums[k];
   }
 #endif
-}
-#endif
-
-#ifdef DELTA
-// D_INNER, DT_RANK, OUTPUTS, SLICES as of update; BLOCK_ROWS (8) rows of the batch, 16 channels a warp: the sums of x_proj's parts,
-// ``projected``, and dt_proj of them, ``delta``. Four threads share four outputs, each every fourth part of their sums.
-#define RANKS ((DT_RANK + 31) / 32)
-#define PADDED (32 * RANKS + 32)  // no bank conflicts
-#define GIVEN (BLOCK_ROWS * OUTPUTS / 4)
-#define ROUNDS ((4 * GIVEN + THREADS - 1) / THREADS)
-#define TAKEN ((SLICES + 3) / 4)
-
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) delta(const Args p) {
-  __shared__ __align__(16) unsigned inputs[BLOCK_ROWS * PADDED / 2];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, place = lane % 4;
-  const int channel = blockIdx.x * (THREADS / 2) + 16 * warp + group, first = blockIdx.y * BLOCK_ROWS;
-  start_next();
-  Words a[RANKS][2];
-#pragma unroll
-  for (int j = 0; j < RANKS; j++)
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-      a[j][k] = {};
-      if (32 * j + 8 * place < DT_RANK) a[j][k] = weight_words(at<1>(p.dt_weight, (long long)min(channel + 8 * k, D_INNER - 1) * DT_RANK + 32 * j + 8 * place));
-    }
-  for (int e = threadIdx.x; e < BLOCK_ROWS * PADDED / 2; e += THREADS) inputs[e] = 0;
-  __syncthreads();
-  await_previous();
-  Words part[ROUNDS][TAKEN];
-#pragma unroll
-  for (int round = 0; round < ROUNDS; round++) {
-    const int e = min((int)threadIdx.x / 4 + round * (THREADS / 4), GIVEN - 1), row = min(first + e / (OUTPUTS / 4), p.batch - 1);
-#pragma unroll
-    for (int k = 0; k < TAKEN; k++)
-      part[round][k] = fresh_words((const char*)(p.part + ((long long)min((int)threadIdx.x % 4 + 4 * k, SLICES - 1) * p.batch + row) * OUTPUTS + 4 * (e % (OUTPUTS / 4))));
-  }
-#pragma unroll
-  for (int round = 0; round < ROUNDS; round++) {
-    const int e = threadIdx.x / 4 + round * (THREADS / 4), row = e / (OUTPUTS / 4), output = 4 * (e % (OUTPUTS / 4));
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-#pragma unroll
-      for (int k = 0; k < TAKEN; k++)
-        if ((int)threadIdx.x % 4 + 4 * k < SLICES) sum[c] += __uint_as_float(part[round][k].word[c]);
-      sum[c] = sum_over_lanes<4>(sum[c]);
-    }
-    if (threadIdx.x % 4 != 0 || e >= GIVEN) continue;
-    if (output < DT_RANK) put<1>((char*)inputs + 2 * (row * PADDED + output), sum);
-    if (blockIdx.x == 0 && first + row < p.batch) put<1>(at<1>(p.projected, (long long)(first + row) * OUTPUTS + output), sum);
-  }
-  __syncthreads();
-  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-  for (int j = 0; j < RANKS; j++) multiply(sums, a[j][0], a[j][1], *(const Words*)(inputs + (group * PADDED + 32 * j + 8 * place) / 2));
-#pragma unroll
-  for (int k = 0; k < 4; k++) {
-    const int row = first + 2 * place + k % 2, own = channel + k / 2 * 8;
-    const float value[1] = {sums[k]};
-    if (row < p.batch && own < D_INNER) put<1>(at<1>(p.delta, (long long)row * D_INNER + own), value);
-  }
 }
 #endif
 
