@@ -7,15 +7,13 @@ autocast: ``train`` all weights, ``lora`` as ``finetune --method lora`` attaches
 (`mambacus.tuning.frozen`), each as it is or (``graph``, ``lora-graph``) replayed as a CUDA graph; prefill is one pass
 in bfloat16 with the logits of the last token. After the shape may follow how the scan's backward pass shall run:
 ``graph:1.4b:4x2048:again`` sums over the states again in place of reading y, ``kept`` reads it whatever is trained,
-``one-set`` takes one set of channels a block. Writes one JSON record named by date and GPU.
+``two-sets`` takes two sets of channels a block. Writes one JSON record named by date and GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import datetime
 import gc
 import time
 from collections.abc import Callable
@@ -65,10 +63,10 @@ def run_scan(how: str) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which the scan's backward pass runs as the module's text says."""
     if how in ("again", "kept"):
         return mock.patch.object(gpu, "keeps_output", lambda *_: how == "kept")
-    if how == "one-set":
+    if how == "two-sets":
         choose = gpu_cuda.backward_plan
-        return mock.patch.object(gpu_cuda, "backward_plan", lambda *of: dataclasses.replace(choose(*of), sets=1))
-    raise ValueError(f"case: expected again, kept or one-set after the shape, got {how!r}")
+        return mock.patch.object(gpu_cuda, "backward_plan", lambda *of: choose(*of, most_sets=2))
+    raise ValueError(f"case: expected again, kept or two-sets after the shape, got {how!r}")
 
 
 def measure(case: str, kernels: int) -> dict[str, Any]:

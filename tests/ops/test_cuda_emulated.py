@@ -243,8 +243,9 @@ def test_sets_of_channels_fill_whole_rounds_of_blocks(
     multiprocessors, shared = {"h100": (132, 228 << 10), "a100": (108, 164 << 10)}[gpu]
     monkeypatch.setattr(scan, "_multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(scan, "_shared_bytes", lambda device: shared)
-    plan = scan.backward_plan.__wrapped__(shape, d_state, 64, 0)
+    plan = scan.backward_plan.__wrapped__(shape, d_state, 64, 0, True, 2)
     assert (plan.tile, plan.sets) == expected
+    assert scan.backward_plan.__wrapped__(shape, d_state, 64, 0, False, 2).sets == 1
 
 
 def test_scan_without_options() -> None:

@@ -25,6 +25,7 @@ SUM_TOKENS = 128  # of a block of ``sum_tokens``
 _ENOUGH_FORWARD, _ENOUGH_BACKWARD = 0.65, 1.45
 _PLENTY = 3.5  # blocks for each multiprocessor from which fewer and longer warps are faster
 _SEGMENTED_BLOCKS, _LONGEST_SEGMENT, _FEWEST_CHUNKS = 4, 1024, 3
+MOST_SETS = 1  # of channels a block; two are right under emulation, but not held to float64 on a GPU yet
 _RESERVED_BYTES = 1024  # of shared memory that the driver takes for a block
 _SOURCE = Path(__file__).with_name("scan.cuh")
 _BODIES = {"BACKWARD": "scan_backward.cu"}  # by direction, else scan_forward.cu
@@ -106,10 +107,13 @@ def forward_plan(shape: tuple[int, int, int], d_state: int, chunk: int, device: 
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_plan(shape: tuple[int, int, int], d_state: int, chunk: int, device: int) -> Plan:
+def backward_plan(
+    shape: tuple[int, int, int], d_state: int, chunk: int, device: int, reads_y: bool, most_sets: int = MOST_SETS
+) -> Plan:
     """Return the launch of ``scan_backward`` for x of this shape.
 
-    A block takes two sets of channels where that leaves the rounds of blocks as full and as many blocks fit.
+    Where it is given y, a block takes two sets of channels if ``most_sets`` allows it, if that leaves the rounds of
+    blocks as full and as many blocks fit. Summing over the states again takes too many registers for that.
     """
     batch, seqlen, d_inner = shape
     segment = _segment(shape, chunk, device, _ENOUGH_BACKWARD)
@@ -121,6 +125,7 @@ def backward_plan(shape: tuple[int, int, int], d_state: int, chunk: int, device:
     at_once = two.blocks * _multiprocessors(device)
     halved = rows * -(-d_inner // (2 * CHANNELS))
     fits = two.blocks * (backward_shared_bytes(two, chunk, d_state) + _RESERVED_BYTES) <= _shared_bytes(device)
+    fits = fits and reads_y and most_sets > 1
     return two if fits and 2 * -(-halved // at_once) <= -(-blocks // at_once) else one
 
 
@@ -325,7 +330,7 @@ def backward(
     """
     batch, seqlen, d_inner = i.x.shape
     d_state = i.A.shape[1]
-    plan = plan or backward_plan(i.x.shape, d_state, chunk, i.x.device.index)
+    plan = plan or backward_plan(i.x.shape, d_state, chunk, i.x.device.index, y is not None)
     grad_y, state = channels_last(grad_y.to(i.x.dtype)), parameter(grad_final)
     y = None if y is None else y.contiguous()
     n_segments, padded = -(-seqlen // plan.segment), -(-seqlen // chunk) * chunk
