@@ -20,7 +20,7 @@ from mambacus.runtime.errors import UserError
 from mambacus.serving.answers import Answers, ChatAnswers, CompletionAnswers, event
 from mambacus.serving.limits import Gate, Limits, error_body
 from mambacus.serving.schemas import Answer, ChatRequest, CompletionRequest, ErrorAnswer, ModelCard, ModelList
-from mambacus.serving.service import LOG, BrokenError, OverloadedError, Service
+from mambacus.serving.service import LOG, BrokenError, OverloadedError, Service, UnreadError
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The request cannot be honoured; the message says why."},
@@ -96,6 +96,7 @@ class Handlers:
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Answer ``POST /v1/completions``."""
+        began = time.monotonic()
         self._check_model(body.model)
         if body.echo and body.stream:
             raise RefusedError(400, "echo: not together with stream", "unsupported", "echo")
@@ -108,10 +109,11 @@ class Handlers:
         ]
         requests = await self._prepare(prompts, params, stream=bool(body.stream))
         answers = CompletionAnswers(self._name, self._service.engine, requests, prompts, echo=bool(body.echo))
-        return await self._answer(body, request, requests, answers)
+        return await self._answer(body, request, requests, answers, began)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer ``POST /v1/chat/completions``."""
+        began = time.monotonic()
         self._check_model(body.model)
         body.check()
         if body.top_logprobs is not None and not body.logprobs:
@@ -121,7 +123,8 @@ class Handlers:
         scores = (body.top_logprobs or 0) if body.logprobs else None
         params = body.sampling(self._most_tokens(asked), scores)
         requests = await self._prepare([prompt], [params], stream=bool(body.stream))
-        return await self._answer(body, request, requests, ChatAnswers(self._name, self._service.engine, requests))
+        answers = ChatAnswers(self._name, self._service.engine, requests)
+        return await self._answer(body, request, requests, answers, began)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._name:
@@ -150,10 +153,15 @@ class Handlers:
         return requests
 
     async def _answer(
-        self, body: CompletionRequest | ChatRequest, request: Request, requests: list[EngineRequest], answers: Answers
+        self,
+        body: CompletionRequest | ChatRequest,
+        request: Request,
+        requests: list[EngineRequest],
+        answers: Answers,
+        began: float,
     ) -> Response:
         """Run the requests and answer with all of it, or piece by piece."""
-        pieces = self._timed(requests)
+        pieces = self._timed(requests, began)
         if not body.stream:
             await _unless_gone(request, answers.read(pieces))
             return JSONResponse(answers.whole())
@@ -161,9 +169,9 @@ class Handlers:
         first = await _unless_gone(request, anext(pieces))  # what goes wrong before can still be told in the status
         return StreamingResponse(_events(first, pieces, answers, usage), media_type="text/event-stream")
 
-    async def _timed(self, requests: list[EngineRequest]) -> AsyncIterator[Piece]:
-        """Yield the pieces, for as long as a request may last."""
-        began, metrics = time.monotonic(), self._service.metrics
+    async def _timed(self, requests: list[EngineRequest], began: float) -> AsyncIterator[Piece]:
+        """Yield the pieces, for as long as a request that ``began`` then may last."""
+        metrics = self._service.metrics
         waiting = True
         source = self._service.run(requests)
         async with contextlib.aclosing(source):  # type: ignore[type-var]
@@ -175,6 +183,8 @@ class Handlers:
                     break
                 except TimeoutError:
                     raise RefusedError(408, f"not finished after {self._limits.seconds:g} s", "timeout") from None
+                except UnreadError as error:
+                    raise RefusedError(408, str(error), "too_slow") from None
                 if waiting:
                     metrics.first_token.observe(time.monotonic() - began)
                     waiting = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import signal
 import socket
@@ -13,6 +14,8 @@ from typing import Any
 import uvicorn
 
 from mambacus.runtime.errors import UserError
+from mambacus.serving.connections import Connection
+from mambacus.serving.limits import Limits
 
 
 class _Server(uvicorn.Server):
@@ -24,7 +27,16 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve(app: Any, host: str, port: int, drain_seconds: float) -> None:
+def settings(app: Any, limits: Limits, **more: Any) -> uvicorn.Config:
+    """Return how ``app`` is served within ``limits``; ``more`` are further settings of uvicorn."""
+    protocol = functools.partial(Connection, body_seconds=limits.body_seconds, request_seconds=limits.seconds)
+    return uvicorn.Config(
+        app, http=protocol, ws="none", log_level="warning", timeout_keep_alive=15,  # type: ignore[arg-type]
+        h11_max_incomplete_event_size=1 << 16, server_header=False, **more,
+    )  # fmt: skip
+
+
+def serve(app: Any, limits: Limits, host: str, port: int, drain_seconds: float) -> None:
     """Serve ``app`` until SIGTERM or SIGINT: then accept no more, finish what is open, and return.
 
     Prints one line with the address once it answers.
@@ -36,10 +48,7 @@ def serve(app: Any, host: str, port: int, drain_seconds: float) -> None:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
-    config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=math.ceil(drain_seconds), timeout_keep_alive=15,
-        h11_max_incomplete_event_size=1 << 16, server_header=False, ws="none",
-    )  # fmt: skip
+    config = settings(app, limits, timeout_graceful_shutdown=math.ceil(drain_seconds))
     asyncio.run(_serve(_Server(config), listener))
 
 
