@@ -179,6 +179,31 @@ def test_the_saved_state_is_not_read_twice(tmp_path: Path, monkeypatch: pytest.M
     assert MambaState.load(state).tokens.tolist() == [8]
 
 
+def test_the_saved_state_has_read_what_was_shown_and_not_the_stop_string(tmp_path: Path) -> None:
+    from mambacus.inference import Engine
+    from mambacus.models import load
+    from mambacus.models.state_files import read_state
+
+    model, tokenizer = load("tiny")
+    record, state = tmp_path / "r.json", tmp_path / "s"
+    base = ["generate", "--model", "tiny", "--device", "cpu", "--prompt", "The cat", "--max-new-tokens", "12"]
+    argv = [*base, "--out", str(record), "--overwrite"]
+    assert main(argv) == 0
+    text = read_record(record).results["completions"][0]["text"]
+    ids = tokenizer("The cat")["input_ids"]
+    for stop in (text[9:14], text[-3:-1], "<|padding|>"):
+        bias = ["--logit-bias", "1=1000"] if stop == "<|padding|>" else []
+        assert main([*argv, "--stop", stop, "--save-state", str(state), *bias]) == 0
+        [completion] = read_record(record).results["completions"]
+        assert completion["finish_reason"] == "stop"
+        found = read_state(state, model, tokenizer)
+        assert tokenizer.decode(found.token_ids) == "The cat" + completion["text"]
+        assert found.token_ids[: len(ids)] == tuple(ids)
+        expected = Engine(model, tokenizer).prefill(found.token_ids)
+        assert (found.state.ssm_state - expected.ssm_state).abs().max() < 1e-4
+        assert found.state.tokens.tolist() == expected.tokens.tolist() == [len(found.token_ids)]
+
+
 LINES = """{"prompt": "Tom has 3", "id": {"row": 7}}
 
 {"prompt_ids": [10, 20, 30], "samples": 2, "temperature": 1.3, "seed": 9, "logprobs": 1, "max_new_tokens": 3}

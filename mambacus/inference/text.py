@@ -111,6 +111,25 @@ def stop_tokens(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
     return frozenset(special[text] for text in stop if text in special)
 
 
+def shown_tokens(tokenizer: Any, tokens: Sequence[int], text: str) -> list[int]:
+    """Return the tokens of a completion as far as a reader has seen it: ``tokens`` up to a stop string.
+
+    Where the stop string begins within a token, what comes before it there is cut into tokens of its own: the text is
+    the one that was shown, its last tokens need not be those that the model would choose for it.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        tokens: of the completion, those of the stop string included.
+        text: of the completion, cut before the stop string.
+    """
+    kept, seen = len(tokens), decode(tokenizer, tokens)
+    while not text.startswith(seen):
+        kept -= 1
+        seen = decode(tokenizer, tokens[:kept])
+    rest = text[len(seen) :]
+    return [*tokens[:kept], *(tokenizer(rest, add_special_tokens=False)["input_ids"] if rest else ())]
+
+
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     """Return the text of ``tokens`` as it stands, without special tokens; empty without a tokenizer."""
     if tokenizer is None:
