@@ -39,6 +39,11 @@ class TextStream:
         """All of the text so far."""
         return self._complete + self._pending
 
+    @property
+    def length(self) -> int:
+        """Characters so far, without one at the end of which there is only a part."""
+        return len(self._complete) + len(self._pending.removesuffix(INCOMPLETE))
+
     def add(self, token: int) -> int | None:
         """Add one token; return where the first stop string begins, None if there is none."""
         before = len(self._complete)
@@ -80,6 +85,8 @@ class TextStream:
         return decode(self._tokenizer, tokens)
 
     def _find_stop(self, start: int) -> int | None:
+        if not self._stop:
+            return None
         text = self.text
         places = [place for place in (text.find(stop, start) for stop in self._stop) if place >= 0]
         return min(places, default=None)

@@ -133,6 +133,30 @@ def test_logprobs(client: Any, offline: Any) -> None:
     assert [len(one.top_logprobs) for one in chat.choices[0].logprobs.content] == [2, 2, 2]
 
 
+@pytest.mark.parametrize("prompt", ["naïve ï日😀 end", "ï日😀", "a<|endoftext|>日 b"])
+def test_offsets_are_those_of_the_text(client: Any, prompt: str) -> None:
+    """A token begins where its text does, part of a character where the character does."""
+    settings = {"model": "tiny", "max_tokens": 1, "temperature": 0, "logprobs": 0}
+    found = client.completions.create(prompt=prompt, echo=True, **settings).choices[0]
+    assert max(found.logprobs.text_offset) < len(found.text) and found.logprobs.text_offset[0] == 0
+    for token, place in zip(found.logprobs.tokens, found.logprobs.text_offset, strict=True):
+        whole = token.rstrip("\ufffd")
+        assert found.text[place : place + len(whole)] == whole, (token, place)
+        assert whole or found.text[place] in "ï日😀"
+
+
+def test_offsets_go_on_through_a_stream_within_a_character(offline: Any) -> None:
+    from mambacus.serving.answers import Places
+
+    ids = offline.encode("ï日😀 b")
+    text = offline.tokenizer.decode(ids)
+    whole = Places(offline.tokenizer).take(ids)
+    piecewise = Places(offline.tokenizer)
+    assert [piecewise.take([token])[0] for token in ids] == whole
+    assert whole == sorted(whole) and len(ids) > len(text) - 1
+    assert set(whole) == {text.index(letter) for letter in "ï日😀"} | {3}
+
+
 def test_parts_of_characters_have_no_bytes_of_their_own(client: Any, offline: Any) -> None:
     ids = offline.encode("東")
     assert len(ids) > 1  # no token of `tiny` is the whole character
