@@ -73,7 +73,9 @@ def test_several_samples_are_numbered_and_repeatable(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out != first
 
 
-def test_stop_understands_escapes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stop_is_one_string_with_escapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mambacus import inference
 
     seen = []
@@ -84,8 +86,15 @@ def test_stop_understands_escapes(capsys: pytest.CaptureFixture[str], monkeypatc
 
     original = inference.SamplingParams
     monkeypatch.setattr(inference, "SamplingParams", keep)
-    assert main(["generate", *MODEL, "--prompt", "A", "--stop", r"\n\n,Q:", "--max-new-tokens", "1"]) == 0
-    assert seen == [("\n\n", "Q:")]
+    argv = ["generate", *MODEL, "--prompt", "A", "--max-new-tokens", "1"]
+    assert main([*argv, "--stop", r"\n\n", "--stop", ", Q:,"]) == 0
+    (tmp_path / "c.yaml").write_text("stop: [', and', '7']\n")
+    assert main([*argv, "-c", str(tmp_path / "c.yaml")]) == 0
+    (tmp_path / "c.yaml").write_text("stop: ', and'\n")
+    assert main([*argv, "-c", str(tmp_path / "c.yaml")]) == 0
+    assert main([*argv, "-c", str(tmp_path / "c.yaml"), "--stop=-,-"]) == 0
+    assert seen == [("\n\n", ", Q:,"), (", and", "7"), (", and",), ("-,-",)]
+    assert main([*argv, "--stop", ""]) == 2 and "stop: expected non-empty strings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
