@@ -41,7 +41,7 @@ class Config:
     most_prompt_tokens: int = opt(65536, help="longest prompt in tokens", least=1)
     most_new_tokens: int = opt(4096, help="longest completion in tokens", least=1)
     most_body_bytes: int = opt(4 << 20, help="largest request body in bytes", least=1)
-    body_seconds: float = opt(10.0, help="longest time for a body to arrive", above=0)
+    body_seconds: float = opt(10.0, help="longest time for the head of a request to arrive, and for its body", above=0)
     request_seconds: float = opt(300.0, help="longest time of one request, until its answer was read", above=0)
     drain_seconds: float = opt(30.0, help="after SIGTERM, time for open requests to finish", least=0)
     api_key_file: Path | None = opt(

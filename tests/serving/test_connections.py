@@ -90,6 +90,52 @@ def test_an_answer_that_is_read_in_time_is_whole_and_the_connection_goes_on() ->
             time.sleep(1.5)
 
 
+HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "answers"), [(b"", []), (HEAD, [b"408"]), (HEAD + b"\r\n" + HEAD, [b"200", b"408"])],
+    ids=["silence", "half a head", "half of the second"],
+)  # fmt: skip
+def test_a_head_that_does_not_end_is_given_up(first: bytes, answers: list[bytes]) -> None:
+    limits = Limits(body_seconds=0.6)
+    with listening(Talker(1, 3), limits) as address, socket.create_connection(address, timeout=10) as link:
+        link.sendall(first)
+        stop = threading.Event()
+
+        def trickle() -> None:
+            with contextlib.suppress(OSError):
+                while first and not stop.wait(0.1):
+                    link.sendall(b"x")
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        began, got = time.monotonic(), b""
+        with contextlib.suppress(ConnectionResetError):
+            while data := link.recv(4096):
+                got += data
+        stop.set()
+        thread.join()
+        assert time.monotonic() - began < 5
+        assert [part.split()[0] for part in got.split(b"HTTP/1.1 ")[1:]] == answers
+        assert not answers or b'"message": "the head did not arrive in 0.6 s"' in got
+
+
+def test_heads_in_time_may_come_in_parts() -> None:
+    limits = Limits(body_seconds=0.6)
+    with listening(Talker(1, 3), limits) as address, socket.create_connection(address, timeout=10) as link:
+        for _ in range(3):
+            link.sendall(HEAD)
+            time.sleep(0.3)
+            link.sendall(b"\r\n")
+            got = b""
+            while not got.endswith(bytes(3)):
+                data = link.recv(4096)
+                assert data
+                got += data
+            time.sleep(0.7)  # between requests there is more time
+
+
 def test_completions_that_nobody_reads_take_no_place() -> None:
     async def ask() -> None:
         one = service.Service(Engine(*load("random:micro"), batch_size=3), Metrics(), most_waiting=0)
