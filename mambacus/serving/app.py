@@ -19,7 +19,15 @@ from mambacus.inference.chat_template import ChatTemplate
 from mambacus.runtime.errors import UserError
 from mambacus.serving.answers import Answers, ChatAnswers, CompletionAnswers, event
 from mambacus.serving.limits import Gate, Limits, error_body
-from mambacus.serving.schemas import Answer, ChatRequest, CompletionRequest, ErrorAnswer, ModelCard, ModelList
+from mambacus.serving.schemas import (
+    Answer,
+    ChatRequest,
+    CompletionRequest,
+    ErrorAnswer,
+    ModelCard,
+    ModelList,
+    explain,
+)
 from mambacus.serving.service import LOG, BrokenError, OverloadedError, Service, UnreadError
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -63,6 +71,11 @@ class Handlers:
     def models(self) -> ModelList:
         """Return the one model that is served."""
         return ModelList(data=[ModelCard(id=self._name, created=self._created)])
+
+    def model(self, model: str) -> ModelCard:
+        """Return the model that is served, if it is the one asked for."""
+        self._check_model(model)
+        return self.models().data[0]
 
     def health(self) -> Response:
         """Tell whether the engine works."""
@@ -257,6 +270,7 @@ def create_app(service: Service, name: str, chat: ChatTemplate, limits: Limits, 
     app.add_api_route("/v1/completions", handlers.completions, methods=["POST"], responses=GENERATES)
     app.add_api_route("/v1/chat/completions", handlers.chat, methods=["POST"], responses=GENERATES)
     app.add_api_route("/v1/models", handlers.models, methods=["GET"])
+    app.add_api_route("/v1/models/{model:path}", handlers.model, methods=["GET"], responses={404: REFUSALS[404]})
     broken: dict[int | str, dict[str, Any]] = {503: {"model": ErrorAnswer, "description": "The engine has stopped."}}
     app.add_api_route("/health", handlers.health, methods=["GET"], responses=broken)
     app.add_api_route("/metrics", handlers.metrics, methods=["GET"], response_class=PlainTextResponse)
@@ -278,9 +292,12 @@ def _kind(status: int) -> str:
 
 
 async def _invalid(_: Request, error: Any) -> Response:
-    faults = [f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}" for fault in error.errors()[:5]]
-    place = error.errors()[0]["loc"]
-    return _error(400, "; ".join(faults), "invalid", str(place[1]) if len(place) > 1 else None)
+    faults = error.errors()
+    if faults[0]["type"] == "json_invalid":
+        place = f"character {faults[0]['loc'][1]}"
+        return _error(400, f"body: not JSON: {faults[0]['ctx']['error']} at {place}", "invalid")
+    place = faults[0]["loc"]
+    return _error(400, "; ".join(explain(faults)), "invalid", str(place[1]) if len(place) > 1 else None)
 
 
 async def _http(_: Request, error: Any) -> Response:
@@ -291,8 +308,13 @@ async def _refused(_: Request, error: Any) -> Response:
     return _error(error.status, str(error), error.code, error.param)
 
 
-async def _user(_: Request, error: Any) -> Response:
-    return _error(400, str(error), "invalid")
+async def _user(request: Request, error: Any) -> Response:
+    """Answer what the engine finds fault with: the field that it names first, else the text to go on from."""
+    fields, text = (
+        (ChatRequest, "messages") if request.url.path.endswith("/chat/completions") else (CompletionRequest, "prompt")
+    )
+    named = str(error).split()[0].rstrip(":")
+    return _error(400, str(error), "invalid", named if named in fields.model_fields else text)
 
 
 async def _overloaded(_: Request, error: Any) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -174,6 +175,32 @@ class ChatRequest(_Sampling):
     logprobs: StrictBool | None = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
+
+
+_PENALTY = "expected 0: repetition_penalty is the one there is"
+EXPECTED = {  # where pydantic would tell of every way in which a value could have been meant
+    "prompt": "expected a text, token ids, a list of texts or a list of lists of token ids, none of the lists empty",
+    "stop": f"expected a text of 1 to 256 characters or a list of at most {MOST_STOPS}",
+    "content": "expected a text or a list of parts of type text",
+    "logit_bias": f"expected an object of at most {MOST_BIASES} token ids with numbers from -100 to 100",
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+}
+
+
+def explain(faults: Sequence[Any]) -> list[str]:
+    """Return a line for each of pydantic's first faults: the field, and what was expected."""
+    lines = []
+    for fault in faults[:5]:
+        place, text = list(fault["loc"][1:]), str(fault["msg"]).removeprefix("Value error, ")
+        number = next((n for n, name in enumerate(place) if name in EXPECTED), None)
+        if number is not None and fault["type"] != "missing":
+            text = EXPECTED[place[number]]
+            place = place[: number + 1]
+        elif fault["type"] == "extra_forbidden":
+            text = "not known here"
+        lines.append(f"{'.'.join(map(str, place)) or 'body'}: {text}")
+    return list(dict.fromkeys(lines))
 
 
 class ErrorBody(BaseModel):

@@ -170,6 +170,9 @@ def test_parts_of_characters_have_no_bytes_of_their_own(client: Any, offline: An
 
 def test_models_health_and_metrics(server: Any, client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    missing = httpx.get(f"{server.url}/v1/models/some/other").json()["error"]
+    assert "model 'some/other': not served here" in missing["message"] and missing["code"] == "model_not_found"
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
