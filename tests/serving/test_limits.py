@@ -313,6 +313,29 @@ def test_sigterm_lets_open_streams_finish() -> None:
         httpx.get(f"{url}/health")
 
 
+def test_sigterm_cuts_what_does_not_finish_and_says_so() -> None:
+    """Clients that do not read or do not write to the end: a line, no traceback, and the status of success."""
+    command = [sys.executable, "-m", "mambacus", "serve", "--model", "random:micro", "--port", "0", "--device", "cpu"]
+    flags = ["--most-new-tokens", "1000000", "--drain-seconds", "1.5"]
+    with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().rsplit(":", 1)[1])
+        links = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(3)]
+        for link, stream in zip(links, (True, False), strict=False):
+            body = json.dumps(LONG | {"max_tokens": 1_000_000, "stream": stream}).encode()
+            link.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            link.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        links[2].sendall(b"POST /v1/completions HTTP/1.1\r\n")
+        assert links[0].recv(1)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(30) == 0 and 1 < time.monotonic() - began < 15
+        assert process.stderr is not None
+        assert process.stderr.read() == "2 requests cut after 1.5 s\n"
+        for link in links:
+            link.close()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
