@@ -136,6 +136,7 @@ class Conversation:
         if self._places[0].state is None or not self.messages:
             raise UserError(f"{path}: nothing to save: nothing was said yet")
         place = self._shown_place()
+        assert place.state is not None
         said = {"messages": self.messages, "text": place.text, "tokens": len(place.token_ids)}
         file = StateFile(place.state, (*self._before, *place.token_ids), notes={"made_by": "chat", "chat": said})
         write_state(path, file, self.engine.model, self.engine.tokenizer)
