@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 import uuid
@@ -119,25 +120,41 @@ class Places:
 
 
 class CompletionAnswers(Answers):
-    """Answers of ``/v1/completions``; with ``echo`` they begin with the prompt."""
+    """Answers of ``/v1/completions``; with ``echo`` they begin with the prompt, ``echo_alone`` leaves out the rest."""
 
     kind = "cmpl"
     part_kind = "text_completion"
 
     def __init__(
-        self, model: str, engine: Engine, requests: Sequence[Request], prompts: Sequence[str | list[int]], *, echo: bool
+        self,
+        model: str,
+        engine: Engine,
+        requests: Sequence[Request],
+        prompts: Sequence[str | list[int]],
+        *,
+        echo: bool,
+        echo_alone: bool = False,
     ) -> None:
         super().__init__(model, engine, requests)
-        self._echo = echo
+        self._echo, self._echo_alone = echo, echo_alone
         self._places: dict[int, Places] = {}  # of the tokens streamed so far, by choice
         self._named = [isinstance(prompt, str) for prompt in prompts]  # a text holds special tokens by name
         self._texts = [p if isinstance(p, str) else decode(self._tokenizer, p) for p in prompts] if echo else []
+
+    def _note(self, piece: Piece) -> None:
+        if self._echo_alone and piece.completion is not None:
+            given = piece.completion
+            scores = None if given.logprobs is None else given.logprobs[:0]
+            given = dataclasses.replace(given, text="", token_ids=[], logprobs=scores, finish_reason="length")
+            piece = dataclasses.replace(piece, token_ids=[], completion=given)
+        super()._note(piece)
 
     def _choice(self, index: int, prompt: int, completion: Completion) -> dict[str, Any]:
         before = self._texts[prompt] if self._echo else ""
         logprobs = None
         if completion.logprobs is not None:
-            ids, scores = completion.token_ids, [*completion.logprobs]
+            ids: list[int] = completion.token_ids
+            scores: list[TokenScore | None] = [*completion.logprobs]
             places = Places(self._tokenizer, len(before)).take(ids)
             if self._echo:
                 read = self._requests[prompt].ids

@@ -116,12 +116,13 @@ class Handlers:
         body.check()
         prompts = body.prompts()
         scored = bool(body.echo) and body.logprobs is not None
-        params = [
-            body.sampling(self._most_tokens(body.max_tokens, body.usual_tokens), body.logprobs, prompt_logprobs=scored)
-            for _ in prompts
-        ]
+        most = self._most_tokens(body.max_tokens, body.usual_tokens)
+        # The engine chooses at least one token; where none was asked for, the answer leaves it out.
+        params = [body.sampling(max(1, most), body.logprobs, prompt_logprobs=scored) for _ in prompts]
         requests = await self._prepare(prompts, params, stream=bool(body.stream))
-        answers = CompletionAnswers(self._name, self._service.engine, requests, prompts, echo=bool(body.echo))
+        answers = CompletionAnswers(
+            self._name, self._service.engine, requests, prompts, echo=bool(body.echo), echo_alone=not most
+        )
         return await self._answer(body, request, requests, answers, began)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
@@ -150,7 +151,7 @@ class Handlers:
             raise RefusedError(
                 400, f"max_tokens: expected at most {most}, got {asked}", "too_many_tokens", "max_tokens"
             )
-        return asked or min(usual or most, most)
+        return min(usual or most, most) if asked is None else asked
 
     async def _prepare(self, prompts: Sequence[Any], params: Sequence[Any], *, stream: bool) -> list[EngineRequest]:
         rows = sum(one.n for one in params)

@@ -118,15 +118,19 @@ class CompletionRequest(_Sampling):
             list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]], Field(min_length=1, fail_fast=True)
         ]
     )
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="16 if left out")
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        None, description="16 if left out; 0, with echo: the prompt alone"
+    )
     logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: StrictBool | None = False
     best_of: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="as n: all samples are given")
     suffix: Literal[""] | None = None
 
     def check(self) -> None:
-        """As that of all requests, and samples that would be made and not given."""
+        """As that of all requests, samples that would be made and not given, and answers of nothing."""
         super().check()
+        if self.max_tokens == 0 and not self.echo:
+            raise UserError("max_tokens: expected 1 or more, got 0: nothing would be answered without echo")
         if self.best_of not in (None, self.n or 1):
             raise UserError(f"best_of: expected n, {self.n or 1}, got {self.best_of}: all samples are given")
 

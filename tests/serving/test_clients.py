@@ -133,6 +133,19 @@ def test_logprobs(client: Any, offline: Any) -> None:
     assert [len(one.top_logprobs) for one in chat.choices[0].logprobs.content] == [2, 2, 2]
 
 
+def test_a_prompt_can_be_scored_alone(client: Any) -> None:
+    settings = {"model": "tiny", "prompt": [PROMPT, "The cat"], "echo": True, "temperature": 0, "logprobs": 1}
+    more, alone = (client.completions.create(max_tokens=number, **settings) for number in (1, 0))
+    for longer, choice in zip(more.choices, alone.choices, strict=True):
+        assert choice.text == settings["prompt"][choice.index] and choice.finish_reason == "length"
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            assert len(getattr(choice.logprobs, name)) == len(getattr(longer.logprobs, name)) - 1 > 1
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(longer.logprobs.token_logprobs[1:-1], abs=1e-4)
+    assert alone.usage.completion_tokens == 0 and alone.usage.total_tokens == alone.usage.prompt_tokens
+    settings |= {"logprobs": None}
+    assert [one.text for one in client.completions.create(max_tokens=0, **settings).choices] == settings["prompt"]
+
+
 @pytest.mark.parametrize("prompt", ["naïve ï日😀 end", "ï日😀", "a<|endoftext|>日 b"])
 def test_offsets_are_those_of_the_text(client: Any, prompt: str) -> None:
     """A token begins where its text does, part of a character where the character does."""
