@@ -95,7 +95,11 @@ class Connection(H11Protocol):
             headers = [
                 (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), CLOSE_HEADER,
             ]  # fmt: skip
-            for event in (h11.Response(status_code=408, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            for event in (
+                h11.Response(status_code=408, headers=headers, reason=b"Request Timeout"),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
