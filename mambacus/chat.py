@@ -118,6 +118,8 @@ def _conversation(config: Config) -> Conversation:
     conversation = Conversation(Engine(model, tokenizer, batch_size=1), template, config.system)
     if config.state:
         conversation.load(config.state, "--state")
+        if config.system is not None and {"role": "system", "content": config.system} not in conversation.messages[:1]:
+            raise UserError(f"--system: {config.state} holds a conversation that did not begin so; leave --system out")
     return conversation
 
 

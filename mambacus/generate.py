@@ -155,7 +155,7 @@ def _one(
         tell(text)
     completions = _complete(engine, request, tell)
     if config.save_state:
-        _save(config.save_state, engine, before, request.ids, completions[0])
+        _save(config.save_state, engine, before, request.ids, completions[0], params.stop)
     source = {"prompt": text} if text is not None else {"prompt_file": str(config.prompt_file)}
     return {**source, "completions": [completion.as_dict() for completion in completions]}
 
@@ -188,15 +188,24 @@ def _complete(engine: Engine, request: Request, tell: Callable[[str], object] | 
 
 
 def _save(
-    path: Path, engine: Engine, before: StateFile | None, ids: Sequence[int], completion: Completion
-) -> None:  # fmt: skip
-    """Write the state after the prompt and the completion, without the token that ended the text if one did."""
+    path: Path,
+    engine: Engine,
+    before: StateFile | None,
+    ids: Sequence[int],
+    completion: Completion,
+    stop: Sequence[str],
+) -> None:
+    """Write the state after the prompt and the text that was shown, without what ended it."""
+    from mambacus.inference.text import shown_tokens, stop_tokens
     from mambacus.models.state_files import StateFile, write_state
 
     state, read = completion.state, completion.token_ids[:-1]
-    if completion.finish_reason != "eos":
+    if completion.finish_reason == "length":
         read = completion.token_ids
         state = engine.prefill(read[-1:], state)
+    elif completion.finish_reason == "stop" and completion.token_ids[-1] not in stop_tokens(engine.tokenizer, stop):
+        read = shown_tokens(engine.tokenizer, completion.token_ids, completion.text)
+        state = engine.prefill(read, completion.prompt_state) if read else completion.prompt_state
     assert state is not None
     tokens = (*(before.token_ids if before else ()), *ids, *read)
     write_state(path, StateFile(state, tokens), engine.model, engine.tokenizer)

@@ -16,6 +16,7 @@ from mambacus.runtime.flags import weights_flag
 
 if TYPE_CHECKING:
     from mambacus.inference import Engine
+    from mambacus.serving.limits import Limits
 
 KEY_VARIABLE = "MAMBACUS_API_KEY"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -40,8 +41,8 @@ class Config:
     most_prompt_tokens: int = opt(65536, help="longest prompt in tokens", least=1)
     most_new_tokens: int = opt(4096, help="longest completion in tokens", least=1)
     most_body_bytes: int = opt(4 << 20, help="largest request body in bytes", least=1)
-    body_seconds: float = opt(10.0, help="longest time for a body to arrive", above=0)
-    request_seconds: float = opt(300.0, help="longest time of one request", above=0)
+    body_seconds: float = opt(10.0, help="longest time for the head of a request to arrive, and for its body", above=0)
+    request_seconds: float = opt(300.0, help="longest time of one request, until its answer was read", above=0)
     drain_seconds: float = opt(30.0, help="after SIGTERM, time for open requests to finish", least=0)
     api_key_file: Path | None = opt(
         None, help=f"file with the key clients must send; or ${KEY_VARIABLE}", metavar="FILE"
@@ -71,7 +72,6 @@ def build(config: Config) -> tuple[Any, Engine]:
     from mambacus.models.state_files import read_state
     from mambacus.runtime.device import resolve_device, resolve_dtype
     from mambacus.serving.app import create_app
-    from mambacus.serving.limits import Limits
     from mambacus.serving.metrics import Metrics
     from mambacus.serving.service import Service
 
@@ -84,14 +84,19 @@ def build(config: Config) -> tuple[Any, Engine]:
         primed, tokenizer, batch_size=config.batch_size, prefill_tokens=config.prefill_tokens,
         prefix_cache_bytes=config.prefix_cache_mb << 20,
     )  # fmt: skip
-    limits = Limits(
+    service = Service(engine, Metrics(), config.most_waiting)
+    template = load_template(tokenizer, config.chat_template)
+    return create_app(service, config.name or config.model, template, limits(config), key), engine
+
+
+def limits(config: Config) -> Limits:
+    """Return what one request may take."""
+    from mambacus.serving.limits import Limits
+
+    return Limits(
         config.most_body_bytes, config.body_seconds, config.most_prompt_tokens, config.most_new_tokens,
         config.batch_size + config.most_waiting, config.request_seconds,
     )  # fmt: skip
-    service = Service(engine, Metrics(), config.most_waiting)
-    return create_app(
-        service, config.name or config.model, load_template(tokenizer, config.chat_template), limits, key
-    ), engine
 
 
 def run(config: Config) -> None:
@@ -106,7 +111,7 @@ def run(config: Config) -> None:
     if config.host not in _LOOPBACK and _key(config) is None:
         print(f"mambacus serve: warning: {config.host} is open to others and no key is asked for", file=sys.stderr)
     warm_up(engine)
-    serve(app, config.host, config.port, config.drain_seconds)
+    serve(app, limits(config), config.host, config.port, config.drain_seconds)
 
 
 def warm_up(engine: Engine) -> None:

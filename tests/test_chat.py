@@ -74,6 +74,15 @@ def test_a_conversation_is_saved_and_gone_on_with(chat: Any, tmp_path: Path) -> 
     assert chat(f"Hello\n/save {state}\n", "--overwrite")[0] == 0
 
 
+def test_a_system_message_that_would_be_ignored_is_refused(chat: Any, tmp_path: Path) -> None:
+    state = tmp_path / "s"
+    assert chat("Hello\n", "--save-state", str(state), "--system", "Add.")[0] == 0
+    status, said, error = chat("More.\n", "--state", str(state), "--system", "Shout.")
+    assert status == 2 and not said and error.count("\n") == 1
+    assert f"--system: {state} holds a conversation that did not begin so" in error
+    assert chat("More.\n", "--state", str(state), "--system", "Add.")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

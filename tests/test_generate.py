@@ -73,7 +73,9 @@ def test_several_samples_are_numbered_and_repeatable(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out != first
 
 
-def test_stop_understands_escapes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stop_is_one_string_with_escapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mambacus import inference
 
     seen = []
@@ -84,8 +86,15 @@ def test_stop_understands_escapes(capsys: pytest.CaptureFixture[str], monkeypatc
 
     original = inference.SamplingParams
     monkeypatch.setattr(inference, "SamplingParams", keep)
-    assert main(["generate", *MODEL, "--prompt", "A", "--stop", r"\n\n,Q:", "--max-new-tokens", "1"]) == 0
-    assert seen == [("\n\n", "Q:")]
+    argv = ["generate", *MODEL, "--prompt", "A", "--max-new-tokens", "1"]
+    assert main([*argv, "--stop", r"\n\n", "--stop", ", Q:,"]) == 0
+    (tmp_path / "c.yaml").write_text("stop: [', and', '7']\n")
+    assert main([*argv, "-c", str(tmp_path / "c.yaml")]) == 0
+    (tmp_path / "c.yaml").write_text("stop: ', and'\n")
+    assert main([*argv, "-c", str(tmp_path / "c.yaml")]) == 0
+    assert main([*argv, "-c", str(tmp_path / "c.yaml"), "--stop=-,-"]) == 0
+    assert seen == [("\n\n", ", Q:,"), (", and", "7"), (", and",), ("-,-",)]
+    assert main([*argv, "--stop", ""]) == 2 and "stop: expected non-empty strings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -177,6 +186,31 @@ def test_the_saved_state_is_not_read_twice(tmp_path: Path, monkeypatch: pytest.M
     assert main([*argv, *bias]) == 0  # the end of the text is no part of what is gone on from
     assert read_record(record).results["completions"][0]["finish_reason"] == "eos"
     assert MambaState.load(state).tokens.tolist() == [8]
+
+
+def test_the_saved_state_has_read_what_was_shown_and_not_the_stop_string(tmp_path: Path) -> None:
+    from mambacus.inference import Engine
+    from mambacus.models import load
+    from mambacus.models.state_files import read_state
+
+    model, tokenizer = load("tiny")
+    record, state = tmp_path / "r.json", tmp_path / "s"
+    base = ["generate", "--model", "tiny", "--device", "cpu", "--prompt", "The cat", "--max-new-tokens", "12"]
+    argv = [*base, "--out", str(record), "--overwrite"]
+    assert main(argv) == 0
+    text = read_record(record).results["completions"][0]["text"]
+    ids = tokenizer("The cat")["input_ids"]
+    for stop in (text[9:14], text[-3:-1], "<|padding|>"):
+        bias = ["--logit-bias", "1=1000"] if stop == "<|padding|>" else []
+        assert main([*argv, "--stop", stop, "--save-state", str(state), *bias]) == 0
+        [completion] = read_record(record).results["completions"]
+        assert completion["finish_reason"] == "stop"
+        found = read_state(state, model, tokenizer)
+        assert tokenizer.decode(found.token_ids) == "The cat" + completion["text"]
+        assert found.token_ids[: len(ids)] == tuple(ids)
+        expected = Engine(model, tokenizer).prefill(found.token_ids)
+        assert (found.state.ssm_state - expected.ssm_state).abs().max() < 1e-4
+        assert found.state.tokens.tolist() == expected.tokens.tolist() == [len(found.token_ids)]
 
 
 LINES = """{"prompt": "Tom has 3", "id": {"row": 7}}

@@ -11,6 +11,7 @@ from mambacus.inference.completion import Completion
 from mambacus.inference.engine import Engine
 from mambacus.inference.reading import Request
 from mambacus.inference.sampling import SamplingParams
+from mambacus.inference.text import shown_tokens
 from mambacus.models import MambaState
 from mambacus.models.state_files import StateFile, read_state, write_state
 from mambacus.runtime.errors import UserError
@@ -132,9 +133,10 @@ class Conversation:
         Raises:
             UserError: nothing was said yet, or the file cannot be written.
         """
-        place = self._places[0]
-        if place.state is None or not self.messages:
+        if self._places[0].state is None or not self.messages:
             raise UserError(f"{path}: nothing to save: nothing was said yet")
+        place = self._shown_place()
+        assert place.state is not None
         said = {"messages": self.messages, "text": place.text, "tokens": len(place.token_ids)}
         file = StateFile(place.state, (*self._before, *place.token_ids), notes={"made_by": "chat", "chat": said})
         write_state(path, file, self.engine.model, self.engine.tokenizer)
@@ -161,6 +163,20 @@ class Conversation:
         self._before = file.token_ids[:first]
         beginning = [] if self._before else self._places  # else the state it began from is not known
         self._places = [Place(text, file.token_ids[first:], file.state), *beginning]
+
+    def _shown_place(self) -> Place:
+        """Return the latest place; where it is within a stop string, which nobody saw, one before that, read now."""
+        last = self._places[0]
+        if not self.turns or self.turns[-1].finish_reason != "stop":
+            return last
+        question, answer = self._places[1], self.messages[-1]["content"]
+        if (question.text + answer).startswith(last.text):
+            return last
+        ids = shown_tokens(self.engine.tokenizer, last.token_ids[len(question.token_ids) :], answer)
+        if not ids:
+            return question
+        state = self.engine.prefill(ids, question.state)
+        return Place(question.text + answer, (*question.token_ids, *ids), state)
 
     def _begin(self, start: StateFile | None) -> None:
         self._start = start

@@ -39,6 +39,11 @@ class TextStream:
         """All of the text so far."""
         return self._complete + self._pending
 
+    @property
+    def length(self) -> int:
+        """Characters so far, without one at the end of which there is only a part."""
+        return len(self._complete) + len(self._pending.removesuffix(INCOMPLETE))
+
     def add(self, token: int) -> int | None:
         """Add one token; return where the first stop string begins, None if there is none."""
         before = len(self._complete)
@@ -80,6 +85,8 @@ class TextStream:
         return decode(self._tokenizer, tokens)
 
     def _find_stop(self, start: int) -> int | None:
+        if not self._stop:
+            return None
         text = self.text
         places = [place for place in (text.find(stop, start) for stop in self._stop) if place >= 0]
         return min(places, default=None)
@@ -109,6 +116,25 @@ def stop_tokens(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
         if inside is not None and text not in special:
             raise UserError(f"stop: {text!r} holds the special token {inside}, which text never shows; name it alone")
     return frozenset(special[text] for text in stop if text in special)
+
+
+def shown_tokens(tokenizer: Any, tokens: Sequence[int], text: str) -> list[int]:
+    """Return the tokens of a completion as far as a reader has seen it: ``tokens`` up to a stop string.
+
+    Where the stop string begins within a token, what comes before it there is cut into tokens of its own: the text is
+    the one that was shown, its last tokens need not be those that the model would choose for it.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        tokens: of the completion, those of the stop string included.
+        text: of the completion, cut before the stop string.
+    """
+    kept, seen = len(tokens), decode(tokenizer, tokens)
+    while not text.startswith(seen):
+        kept -= 1
+        seen = decode(tokenizer, tokens[:kept])
+    rest = text[len(seen) :]
+    return [*tokens[:kept], *(tokenizer(rest, add_special_tokens=False)["input_ids"] if rest else ())]
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:

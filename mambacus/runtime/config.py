@@ -21,6 +21,7 @@ from mambacus.runtime.errors import UserError, suggest
 from mambacus.runtime.yaml_files import read_mapping
 
 ConfigT = TypeVar("ConfigT")
+Whole = typing.NewType("Whole", str)  # text that may hold commas: a tuple of it takes one value from each use of a flag
 MOST_SEED = 2**32 - 1  # numpy takes no larger seed
 
 
@@ -169,6 +170,15 @@ class _Parser(argparse.ArgumentParser):
         self.error(f"unexpected {', '.join(map(repr, words))}")
 
 
+class _Append(argparse.Action):
+    """Keeps the values of all uses of a flag."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Add one."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(() if before is _UNSET else before), values])
+
+
 class _HelpFormatter(argparse.HelpFormatter):
     """Argparse's formatter with room for the flag names."""
 
@@ -191,6 +201,8 @@ def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]
         return
     if base is bool:
         options["action"] = argparse.BooleanOptionalAction
+    elif is_tuple and base is Whole:
+        options |= {"type": str, "action": _Append}
     elif is_tuple:
         options |= {"type": functools.partial(_tuple_from_text, base=base), "metavar": f"{base.__name__.upper()},..."}
     elif about.get("choices"):
@@ -243,7 +255,8 @@ def from_mapping(values: dict[str, Any], hints: dict[str, Any], where: str) -> d
             if value is None and optional:
                 result[key] = None
             elif is_tuple:
-                parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+                splits = isinstance(value, str) and base is not Whole
+                parts = value.split(",") if splits else value if isinstance(value, list) else [value]
                 result[key] = tuple(_convert(part, base) for part in parts)
             else:
                 result[key] = _convert(value, base)
@@ -261,6 +274,7 @@ def _convert(value: Any, base: Any) -> Any:
         TypeError: its type says that something else was meant.
         ValueError: it is no such value.
     """
+    base = str if base is Whole else base
     if value is None or (base is bool and not isinstance(value, bool)):
         raise TypeError
     if base in (int, float) and isinstance(value, bool):

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from mambacus.runtime.config import opt
+from mambacus.runtime.config import Whole, opt
 from mambacus.runtime.errors import UserError
 
 
@@ -21,7 +21,10 @@ class SamplingFlags:
     min_p: float = opt(0.0, help="draw from tokens at least this fraction as likely as the likeliest", least=0, most=1)
     repetition_penalty: float = opt(1.0, help="divide the logits of seen tokens by this", least=1e-6, most=1e6)
     logit_bias: tuple[str, ...] = opt((), help="add to logits, by token id: 198=-100,50256=5")
-    stop: tuple[str, ...] = opt((), help=r"strings that end a completion; \n and \t are understood")
+    stop: tuple[Whole, ...] = opt(
+        (), help=r"string that ends a completion, once for each; commas are part of it, \n and \t are understood",
+        metavar="TEXT",
+    )  # fmt: skip
     seed: int = opt(0, help="seed of the draws")
 
     def options(self) -> dict[str, Any]:

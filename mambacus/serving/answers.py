@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import json
 import time
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from mambacus.inference import Completion, Engine, Piece, Request, TokenScore
-from mambacus.inference.text import INCOMPLETE, decode
+from mambacus.inference.text import INCOMPLETE, TextStream, decode
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "stop"}
 
@@ -95,46 +94,90 @@ class Answers:
         raise NotImplementedError
 
 
+class Places:
+    """Where in a text its tokens begin, in characters; all tokens of a character begin where it does.
+
+    Args:
+        tokenizer: made the tokens.
+        start: characters before them.
+        named: special tokens stand in the text by their names; else they are no part of it.
+    """
+
+    def __init__(self, tokenizer: Any, start: int = 0, *, named: bool = False) -> None:
+        self._text, self._start, self._names = TextStream(tokenizer), start, {}
+        if named and tokenizer is not None:
+            special = tokenizer.added_tokens_decoder.items()
+            self._names = {token: len(str(added)) for token, added in special if added.special}
+
+    def take(self, tokens: Sequence[int]) -> list[int]:
+        """Return the places of the next tokens."""
+        places = []
+        for token in tokens:
+            places.append(self._start + self._text.length)
+            self._text.add(token)
+            self._start += self._names.get(token, 0)
+        return places
+
+
 class CompletionAnswers(Answers):
-    """Answers of ``/v1/completions``; with ``echo`` they begin with the prompt."""
+    """Answers of ``/v1/completions``; with ``echo`` they begin with the prompt, ``echo_alone`` leaves out the rest."""
 
     kind = "cmpl"
     part_kind = "text_completion"
 
     def __init__(
-        self, model: str, engine: Engine, requests: Sequence[Request], prompts: Sequence[str | list[int]], *, echo: bool
+        self,
+        model: str,
+        engine: Engine,
+        requests: Sequence[Request],
+        prompts: Sequence[str | list[int]],
+        *,
+        echo: bool,
+        echo_alone: bool = False,
     ) -> None:
         super().__init__(model, engine, requests)
-        self._echo, self._lengths = echo, Counter[int]()  # characters of the tokens streamed so far, by choice
+        self._echo, self._echo_alone = echo, echo_alone
+        self._places: dict[int, Places] = {}  # of the tokens streamed so far, by choice
+        self._named = [isinstance(prompt, str) for prompt in prompts]  # a text holds special tokens by name
         self._texts = [p if isinstance(p, str) else decode(self._tokenizer, p) for p in prompts] if echo else []
 
+    def _note(self, piece: Piece) -> None:
+        if self._echo_alone and piece.completion is not None:
+            given = piece.completion
+            scores = None if given.logprobs is None else given.logprobs[:0]
+            given = dataclasses.replace(given, text="", token_ids=[], logprobs=scores, finish_reason="length")
+            piece = dataclasses.replace(piece, token_ids=[], completion=given)
+        super()._note(piece)
+
     def _choice(self, index: int, prompt: int, completion: Completion) -> dict[str, Any]:
-        scores: list[TokenScore | None] | None = None
-        ids = list(completion.token_ids)
+        before = self._texts[prompt] if self._echo else ""
+        logprobs = None
         if completion.logprobs is not None:
-            scores = list(completion.logprobs)
-        if self._echo:
-            ids = [*self._requests[prompt].ids, *ids]
-            if scores is not None:
-                scores = (completion.prompt_logprobs or []) + scores
+            ids: list[int] = completion.token_ids
+            scores: list[TokenScore | None] = [*completion.logprobs]
+            places = Places(self._tokenizer, len(before)).take(ids)
+            if self._echo:
+                read = self._requests[prompt].ids
+                ids, scores = [*read, *ids], [*(completion.prompt_logprobs or []), *scores]
+                places = Places(self._tokenizer, named=self._named[prompt]).take(read) + places
+            logprobs = self._logprobs(ids, scores, places)
         return {
             "index": index,
-            "text": (self._texts[prompt] if self._echo else "") + completion.text,
-            "logprobs": None if scores is None else self._logprobs(ids, scores),
+            "text": before + completion.text,
+            "logprobs": logprobs,
             "finish_reason": FINISH[completion.finish_reason],
         }
 
     def _new(self, index: int, piece: Piece, reason: str | None) -> dict[str, Any]:
         scores = None
         if piece.logprobs is not None:
-            scores = self._logprobs(piece.token_ids, piece.logprobs, self._lengths[index])
-            self._lengths[index] += sum(map(len, scores["tokens"]))
+            places = self._places.setdefault(index, Places(self._tokenizer)).take(piece.token_ids)
+            scores = self._logprobs(piece.token_ids, piece.logprobs, places)
         return {"index": index, "text": piece.text, "logprobs": scores, "finish_reason": reason}
 
-    def _logprobs(self, ids: Sequence[int], scores: Sequence[TokenScore | None], start: int = 0) -> dict[str, Any]:
+    def _logprobs(self, ids: Sequence[int], scores: Sequence[TokenScore | None], places: list[int]) -> dict[str, Any]:
         """Return the four parallel lists of this API; tokens of one text share a key, the likeliest keeps it."""
         tokens = [self._token(token) for token in ids]
-        offsets = list(itertools.accumulate(map(len, tokens[:-1]), initial=start))[: len(tokens)]
         tops: list[dict[str, float] | None] = []
         for score in scores:
             if score is None:
@@ -148,7 +191,7 @@ class CompletionAnswers(Answers):
             "tokens": tokens,
             "token_logprobs": [None if score is None else score.logprob for score in scores],
             "top_logprobs": tops,
-            "text_offset": offsets,
+            "text_offset": places,
         }
 
 

@@ -19,8 +19,16 @@ from mambacus.inference.chat_template import ChatTemplate
 from mambacus.runtime.errors import UserError
 from mambacus.serving.answers import Answers, ChatAnswers, CompletionAnswers, event
 from mambacus.serving.limits import Gate, Limits, error_body
-from mambacus.serving.schemas import Answer, ChatRequest, CompletionRequest, ErrorAnswer, ModelCard, ModelList
-from mambacus.serving.service import LOG, BrokenError, OverloadedError, Service
+from mambacus.serving.schemas import (
+    Answer,
+    ChatRequest,
+    CompletionRequest,
+    ErrorAnswer,
+    ModelCard,
+    ModelList,
+    explain,
+)
+from mambacus.serving.service import LOG, BrokenError, OverloadedError, Service, UnreadError
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The request cannot be honoured; the message says why."},
@@ -64,6 +72,11 @@ class Handlers:
         """Return the one model that is served."""
         return ModelList(data=[ModelCard(id=self._name, created=self._created)])
 
+    def model(self, model: str) -> ModelCard:
+        """Return the model that is served, if it is the one asked for."""
+        self._check_model(model)
+        return self.models().data[0]
+
     def health(self) -> Response:
         """Tell whether the engine works."""
         if self._service.fault is not None:
@@ -96,22 +109,25 @@ class Handlers:
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Answer ``POST /v1/completions``."""
+        began = time.monotonic()
         self._check_model(body.model)
         if body.echo and body.stream:
             raise RefusedError(400, "echo: not together with stream", "unsupported", "echo")
         body.check()
         prompts = body.prompts()
         scored = bool(body.echo) and body.logprobs is not None
-        params = [
-            body.sampling(self._most_tokens(body.max_tokens, body.usual_tokens), body.logprobs, prompt_logprobs=scored)
-            for _ in prompts
-        ]
+        most = self._most_tokens(body.max_tokens, body.usual_tokens)
+        # The engine chooses at least one token; where none was asked for, the answer leaves it out.
+        params = [body.sampling(max(1, most), body.logprobs, prompt_logprobs=scored) for _ in prompts]
         requests = await self._prepare(prompts, params, stream=bool(body.stream))
-        answers = CompletionAnswers(self._name, self._service.engine, requests, prompts, echo=bool(body.echo))
-        return await self._answer(body, request, requests, answers)
+        answers = CompletionAnswers(
+            self._name, self._service.engine, requests, prompts, echo=bool(body.echo), echo_alone=not most
+        )
+        return await self._answer(body, request, requests, answers, began)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer ``POST /v1/chat/completions``."""
+        began = time.monotonic()
         self._check_model(body.model)
         body.check()
         if body.top_logprobs is not None and not body.logprobs:
@@ -121,7 +137,8 @@ class Handlers:
         scores = (body.top_logprobs or 0) if body.logprobs else None
         params = body.sampling(self._most_tokens(asked), scores)
         requests = await self._prepare([prompt], [params], stream=bool(body.stream))
-        return await self._answer(body, request, requests, ChatAnswers(self._name, self._service.engine, requests))
+        answers = ChatAnswers(self._name, self._service.engine, requests)
+        return await self._answer(body, request, requests, answers, began)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._name:
@@ -134,7 +151,7 @@ class Handlers:
             raise RefusedError(
                 400, f"max_tokens: expected at most {most}, got {asked}", "too_many_tokens", "max_tokens"
             )
-        return asked or min(usual or most, most)
+        return min(usual or most, most) if asked is None else asked
 
     async def _prepare(self, prompts: Sequence[Any], params: Sequence[Any], *, stream: bool) -> list[EngineRequest]:
         rows = sum(one.n for one in params)
@@ -150,10 +167,15 @@ class Handlers:
         return requests
 
     async def _answer(
-        self, body: CompletionRequest | ChatRequest, request: Request, requests: list[EngineRequest], answers: Answers
+        self,
+        body: CompletionRequest | ChatRequest,
+        request: Request,
+        requests: list[EngineRequest],
+        answers: Answers,
+        began: float,
     ) -> Response:
         """Run the requests and answer with all of it, or piece by piece."""
-        pieces = self._timed(requests)
+        pieces = self._timed(requests, began)
         if not body.stream:
             await _unless_gone(request, answers.read(pieces))
             return JSONResponse(answers.whole())
@@ -161,9 +183,9 @@ class Handlers:
         first = await _unless_gone(request, anext(pieces))  # what goes wrong before can still be told in the status
         return StreamingResponse(_events(first, pieces, answers, usage), media_type="text/event-stream")
 
-    async def _timed(self, requests: list[EngineRequest]) -> AsyncIterator[Piece]:
-        """Yield the pieces, for as long as a request may last."""
-        began, metrics = time.monotonic(), self._service.metrics
+    async def _timed(self, requests: list[EngineRequest], began: float) -> AsyncIterator[Piece]:
+        """Yield the pieces, for as long as a request that ``began`` then may last."""
+        metrics = self._service.metrics
         waiting = True
         source = self._service.run(requests)
         async with contextlib.aclosing(source):  # type: ignore[type-var]
@@ -175,6 +197,8 @@ class Handlers:
                     break
                 except TimeoutError:
                     raise RefusedError(408, f"not finished after {self._limits.seconds:g} s", "timeout") from None
+                except UnreadError as error:
+                    raise RefusedError(408, str(error), "too_slow") from None
                 if waiting:
                     metrics.first_token.observe(time.monotonic() - began)
                     waiting = False
@@ -247,6 +271,7 @@ def create_app(service: Service, name: str, chat: ChatTemplate, limits: Limits, 
     app.add_api_route("/v1/completions", handlers.completions, methods=["POST"], responses=GENERATES)
     app.add_api_route("/v1/chat/completions", handlers.chat, methods=["POST"], responses=GENERATES)
     app.add_api_route("/v1/models", handlers.models, methods=["GET"])
+    app.add_api_route("/v1/models/{model:path}", handlers.model, methods=["GET"], responses={404: REFUSALS[404]})
     broken: dict[int | str, dict[str, Any]] = {503: {"model": ErrorAnswer, "description": "The engine has stopped."}}
     app.add_api_route("/health", handlers.health, methods=["GET"], responses=broken)
     app.add_api_route("/metrics", handlers.metrics, methods=["GET"], response_class=PlainTextResponse)
@@ -268,9 +293,12 @@ def _kind(status: int) -> str:
 
 
 async def _invalid(_: Request, error: Any) -> Response:
-    faults = [f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}" for fault in error.errors()[:5]]
-    place = error.errors()[0]["loc"]
-    return _error(400, "; ".join(faults), "invalid", str(place[1]) if len(place) > 1 else None)
+    faults = error.errors()
+    if faults[0]["type"] == "json_invalid":
+        place = f"character {faults[0]['loc'][1]}"
+        return _error(400, f"body: not JSON: {faults[0]['ctx']['error']} at {place}", "invalid")
+    place = faults[0]["loc"]
+    return _error(400, "; ".join(explain(faults)), "invalid", str(place[1]) if len(place) > 1 else None)
 
 
 async def _http(_: Request, error: Any) -> Response:
@@ -281,8 +309,13 @@ async def _refused(_: Request, error: Any) -> Response:
     return _error(error.status, str(error), error.code, error.param)
 
 
-async def _user(_: Request, error: Any) -> Response:
-    return _error(400, str(error), "invalid")
+async def _user(request: Request, error: Any) -> Response:
+    """Answer what the engine finds fault with: the field that it names first, else the text to go on from."""
+    fields, text = (
+        (ChatRequest, "messages") if request.url.path.endswith("/chat/completions") else (CompletionRequest, "prompt")
+    )
+    named = str(error).split()[0].rstrip(":")
+    return _error(400, str(error), "invalid", named if named in fields.model_fields else text)
 
 
 async def _overloaded(_: Request, error: Any) -> Response:

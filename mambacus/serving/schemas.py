@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -117,15 +118,19 @@ class CompletionRequest(_Sampling):
             list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]], Field(min_length=1, fail_fast=True)
         ]
     )
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="16 if left out")
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        None, description="16 if left out; 0, with echo: the prompt alone"
+    )
     logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: StrictBool | None = False
     best_of: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="as n: all samples are given")
     suffix: Literal[""] | None = None
 
     def check(self) -> None:
-        """As that of all requests, and samples that would be made and not given."""
+        """As that of all requests, samples that would be made and not given, and answers of nothing."""
         super().check()
+        if self.max_tokens == 0 and not self.echo:
+            raise UserError("max_tokens: expected 1 or more, got 0: nothing would be answered without echo")
         if self.best_of not in (None, self.n or 1):
             raise UserError(f"best_of: expected n, {self.n or 1}, got {self.best_of}: all samples are given")
 
@@ -174,6 +179,32 @@ class ChatRequest(_Sampling):
     logprobs: StrictBool | None = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
+
+
+_PENALTY = "expected 0: repetition_penalty is the one there is"
+EXPECTED = {  # where pydantic would tell of every way in which a value could have been meant
+    "prompt": "expected a text, token ids, a list of texts or a list of lists of token ids, none of the lists empty",
+    "stop": f"expected a text of 1 to 256 characters or a list of at most {MOST_STOPS}",
+    "content": "expected a text or a list of parts of type text",
+    "logit_bias": f"expected an object of at most {MOST_BIASES} token ids with numbers from -100 to 100",
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+}
+
+
+def explain(faults: Sequence[Any]) -> list[str]:
+    """Return a line for each of pydantic's first faults: the field, and what was expected."""
+    lines = []
+    for fault in faults[:5]:
+        place, text = list(fault["loc"][1:]), str(fault["msg"]).removeprefix("Value error, ")
+        number = next((n for n, name in enumerate(place) if name in EXPECTED), None)
+        if number is not None and fault["type"] != "missing":
+            text = EXPECTED[place[number]]
+            place = place[: number + 1]
+        elif fault["type"] == "extra_forbidden":
+            text = "not known here"
+        lines.append(f"{'.'.join(map(str, place)) or 'body'}: {text}")
+    return list(dict.fromkeys(lines))
 
 
 class ErrorBody(BaseModel):

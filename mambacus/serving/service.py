@@ -15,6 +15,7 @@ from mambacus.models.primed import PrimedModel
 from mambacus.serving.metrics import Metrics
 
 LOG = logging.getLogger("mambacus.serve")
+MOST_UNREAD = 1 << 16  # pieces of one request that wait for its connection; of the largest, some 200 MB
 
 
 class OverloadedError(Exception):
@@ -23,6 +24,25 @@ class OverloadedError(Exception):
 
 class BrokenError(Exception):
     """The engine stopped for a fault of its own."""
+
+
+class UnreadError(Exception):
+    """So much of an answer waits to be read that the rest was given up."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Open:
+    """What a connection asked for, and what it has not taken yet.
+
+    Attributes:
+        requests: one for each prompt.
+        left: completions that the engine has not ended.
+        found: pieces in order, or why there are no more.
+    """
+
+    requests: Sequence[Request]
+    left: int
+    found: asyncio.Queue[Piece | Exception] = dataclasses.field(default_factory=asyncio.Queue)
 
 
 class Service:
@@ -45,7 +65,7 @@ class Service:
         self.state_tokens = int(engine.model.start().tokens) if isinstance(engine.model, PrimedModel) else 0
         self._scheduler: Scheduler
         self._numbers = itertools.count()
-        self._open: dict[int, asyncio.Queue[Piece]] = {}  # of the event loop alone
+        self._open: dict[int, _Open] = {}  # of the event loop alone
         self._unfinished = 0
         self._work = threading.Event()
         self._stopping = False
@@ -96,37 +116,40 @@ class Service:
         Raises:
             OverloadedError: too much waits already.
             BrokenError: the engine has stopped.
+            UnreadError: `MOST_UNREAD` pieces wait for the caller.
         """
         rows = sum(request.params.n for request in requests)
         if self._unfinished + rows > self.most_waiting + self.engine.batch_size:
             raise OverloadedError
         if self.fault is not None:
             raise BrokenError(self.fault)
-        queue: asyncio.Queue[Piece] = asyncio.Queue()
+        asked = _Open(requests, rows)
         order = {}
         for place, request in enumerate(requests):
             request.number = next(self._numbers)
             order[request.number] = place
-            self._open[request.number] = queue
+            self._open[request.number] = asked
         self._unfinished += rows
-        left = rows
         try:
             for request in requests:
                 self._scheduler.submit(request)
             self._work.set()
-            while left:
-                piece = await queue.get()
-                if piece.prompt < 0:
-                    raise BrokenError(piece.error)
-                if piece.completion is not None or piece.error is not None:
-                    left -= 1
-                    self._unfinished -= 1
+            while rows:
+                piece = await asked.found.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                rows -= _ends(piece)
                 yield dataclasses.replace(piece, prompt=order[piece.prompt])
         finally:
-            self._unfinished -= left
-            for request in requests:
-                request.cancelled = request.cancelled or left > 0
-                self._open.pop(request.number, None)
+            self._give_up(asked)
+
+    def _give_up(self, asked: _Open) -> None:
+        """Forget requests; the engine drops what it has not ended of them."""
+        self._unfinished -= asked.left
+        for request in asked.requests:
+            request.cancelled = request.cancelled or asked.left > 0
+            self._open.pop(request.number, None)
+        asked.left = 0
 
     def _run(self) -> None:
         """Step for as long as there is work; the event loop is told once a step, whatever the number of streams."""
@@ -147,10 +170,25 @@ class Service:
                 self._loop.call_soon_threadsafe(self._deliver, pieces)
 
     def _deliver(self, pieces: list[Piece] | None) -> None:
+        """Hand out pieces; a completion that has ended takes no place any more, whether or not anybody reads it."""
         if pieces is None:
-            for queue in set(self._open.values()):
-                queue.put_nowait(Piece(-1, 0, "", [], error=self.fault))
+            for asked in set(self._open.values()):
+                asked.found.put_nowait(BrokenError(self.fault))
             return
         for piece in pieces:
-            if piece.prompt in self._open:  # else it was given up
-                self._open[piece.prompt].put_nowait(piece)
+            asked_for = self._open.get(piece.prompt)
+            if asked_for is None:  # it was given up
+                continue
+            if asked_for.found.qsize() >= MOST_UNREAD:
+                self._give_up(asked_for)
+                asked_for.found = asyncio.Queue()  # what holds the memory
+                asked_for.found.put_nowait(UnreadError(f"{MOST_UNREAD} pieces of the answer were not read"))
+                continue
+            asked_for.found.put_nowait(piece)
+            asked_for.left -= _ends(piece)
+            self._unfinished -= _ends(piece)
+
+
+def _ends(piece: Piece) -> bool:
+    """Tell whether a piece is the last of its completion."""
+    return piece.completion is not None or piece.error is not None

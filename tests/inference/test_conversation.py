@@ -12,7 +12,7 @@ from mambacus.inference import Engine, SamplingParams
 from mambacus.inference.chat_template import ChatTemplate, load_template
 from mambacus.inference.conversation import Conversation, Turn
 from mambacus.models import MambaLM, load
-from mambacus.models.state_files import StateFile, write_state
+from mambacus.models.state_files import StateFile, read_state, write_state
 from mambacus.models.tokenizer import byte_tokenizer
 from mambacus.runtime.errors import UserError
 
@@ -77,6 +77,21 @@ def test_an_answer_may_end_at_a_stop_string_or_the_end_of_the_text(
     assert talk.messages[-1] == {"role": "assistant", "content": ""}
     expected = plain(model, tokenizer, talk, QUESTIONS[3])
     assert say(talk, QUESTIONS[3]) == expected and talk.turns[-1].again == 0
+
+
+def test_a_saved_conversation_has_read_what_was_said_and_not_the_stop_string(
+    model: MambaLM, tokenizer: Any, talk: Conversation, tmp_path: Path
+) -> None:
+    whole = say(talk, QUESTIONS[0])
+    talk.reset()
+    cut = say(talk, QUESTIONS[0], sampling(stop=[whole[3:6]]))
+    talk.save(tmp_path / "talk.state")
+    file = read_state(tmp_path / "talk.state", model, tokenizer)
+    assert tokenizer.decode(file.token_ids) == f"system:Be brief.\nuser:{QUESTIONS[0]}\nassistant:{cut}"
+    assert (file.state.ssm_state - talk.engine.prefill(file.token_ids).ssm_state).abs().max() < 1e-4
+    other = Conversation(Engine(model, tokenizer), ChatTemplate(tokenizer, PLAIN))
+    other.load(tmp_path / "talk.state", "--state")
+    assert say(other, QUESTIONS[1]) == say(talk, QUESTIONS[1]) and other.turns[-1].again == 0
 
 
 def _shortened(conversation: Conversation) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mambacus.inference.text import TextStream, decode
+from mambacus.inference.text import TextStream, decode, shown_tokens
 from mambacus.models import load_tokenizer
 
 SAMPLES = ("plain words", "naïve café, 東京 🙂🙃 and 👩‍👩‍👧", "\n\n  tabs\tand   spaces ", "½ é ﬁ ‱")
@@ -61,3 +61,15 @@ def test_the_window_stays_small(tokenizer: Any) -> None:
             stream.add(byte + 1)
             stream.take()
         assert len(stream._window) < 40 and len(stream._complete) > 150
+
+
+def test_the_tokens_of_a_text_that_was_cut_before_a_stop_string() -> None:
+    tokenizer = load_tokenizer("tiny")
+    he, has, seven, apples, dot = ids = tokenizer(" He has seven apples.")["input_ids"]
+    assert shown_tokens(tokenizer, ids, " He has seven apples") == [he, has, seven, apples]
+    cut = shown_tokens(tokenizer, ids, " He has seven app")  # the stop string is "les."
+    assert cut[:3] == [he, has, seven] and apples not in cut and decode(tokenizer, cut) == " He has seven app"
+    assert shown_tokens(tokenizer, ids, "") == []
+    east = tokenizer("東!")["input_ids"]
+    assert shown_tokens(tokenizer, [dot, *east], ".") == [dot]  # none of the tokens that make one letter
+    assert shown_tokens(tokenizer, [dot, *east], ".東") == [dot, *east[:-1]]

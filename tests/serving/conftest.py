@@ -37,13 +37,15 @@ def start() -> Iterator[Callable[..., Running]]:
     """Start servers with given settings; all stop at the end."""
     import uvicorn
 
-    from mambacus.serve import Config, build
+    from mambacus.serve import Config, build, limits
+    from mambacus.serving.server import settings
 
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def begin(**settings: Any) -> Running:
-        app, engine = build(Config(device="cpu", **settings))
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5))
+    def begin(**flags: Any) -> Running:
+        config = Config(device="cpu", **flags)
+        app, engine = build(config)
+        server = uvicorn.Server(settings(app, limits(config), port=0, timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         deadline = time.monotonic() + 120

@@ -133,6 +133,43 @@ def test_logprobs(client: Any, offline: Any) -> None:
     assert [len(one.top_logprobs) for one in chat.choices[0].logprobs.content] == [2, 2, 2]
 
 
+def test_a_prompt_can_be_scored_alone(client: Any) -> None:
+    settings = {"model": "tiny", "prompt": [PROMPT, "The cat"], "echo": True, "temperature": 0, "logprobs": 1}
+    more, alone = (client.completions.create(max_tokens=number, **settings) for number in (1, 0))
+    for longer, choice in zip(more.choices, alone.choices, strict=True):
+        assert choice.text == settings["prompt"][choice.index] and choice.finish_reason == "length"
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            assert len(getattr(choice.logprobs, name)) == len(getattr(longer.logprobs, name)) - 1 > 1
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(longer.logprobs.token_logprobs[1:-1], abs=1e-4)
+    assert alone.usage.completion_tokens == 0 and alone.usage.total_tokens == alone.usage.prompt_tokens
+    settings |= {"logprobs": None}
+    assert [one.text for one in client.completions.create(max_tokens=0, **settings).choices] == settings["prompt"]
+
+
+@pytest.mark.parametrize("prompt", ["naïve ï日😀 end", "ï日😀", "a<|endoftext|>日 b"])
+def test_offsets_are_those_of_the_text(client: Any, prompt: str) -> None:
+    """A token begins where its text does, part of a character where the character does."""
+    settings = {"model": "tiny", "max_tokens": 1, "temperature": 0, "logprobs": 0}
+    found = client.completions.create(prompt=prompt, echo=True, **settings).choices[0]
+    assert max(found.logprobs.text_offset) < len(found.text) and found.logprobs.text_offset[0] == 0
+    for token, place in zip(found.logprobs.tokens, found.logprobs.text_offset, strict=True):
+        whole = token.rstrip("\ufffd")
+        assert found.text[place : place + len(whole)] == whole, (token, place)
+        assert whole or found.text[place] in "ï日😀"
+
+
+def test_offsets_go_on_through_a_stream_within_a_character(offline: Any) -> None:
+    from mambacus.serving.answers import Places
+
+    ids = offline.encode("ï日😀 b")
+    text = offline.tokenizer.decode(ids)
+    whole = Places(offline.tokenizer).take(ids)
+    piecewise = Places(offline.tokenizer)
+    assert [piecewise.take([token])[0] for token in ids] == whole
+    assert whole == sorted(whole) and len(ids) > len(text) - 1
+    assert set(whole) == {text.index(letter) for letter in "ï日😀"} | {3}
+
+
 def test_parts_of_characters_have_no_bytes_of_their_own(client: Any, offline: Any) -> None:
     ids = offline.encode("東")
     assert len(ids) > 1  # no token of `tiny` is the whole character
@@ -146,6 +183,9 @@ def test_parts_of_characters_have_no_bytes_of_their_own(client: Any, offline: An
 
 def test_models_health_and_metrics(server: Any, client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    missing = httpx.get(f"{server.url}/v1/models/some/other").json()["error"]
+    assert "model 'some/other': not served here" in missing["message"] and missing["code"] == "model_not_found"
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))

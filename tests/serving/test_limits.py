@@ -27,7 +27,8 @@ LONG = {"prompt": "a", "max_tokens": 4000, "ignore_eos": True}
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
-        ("completions", b"{", "JSON decode error"),
+        ("completions", b"{", "body: not JSON: Expecting property name enclosed in double quotes at character 1"),
+        ("completions", b'{"prompt": "a",\n "n": }', "body: not JSON: Expecting value at character 22"),
         ("completions", b"\xff", "body"),
         ("completions", b"[]", "body"),
         ("completions", b"[" * 40_000, ""),
@@ -74,6 +75,42 @@ def test_what_cannot_be_honoured_is_400_and_says_why(server: Any, path: str, bod
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert message in error["message"] and "\n" not in error["message"] and error["type"] == "invalid_request_error"
+
+
+ONLY_TEXTS = "expected a text, token ids, a list of texts or a list of lists of token ids, none of the lists empty"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        (b"[", None, "body: not JSON: Expecting value at character 1"),
+        ({}, "prompt", "prompt: Field required"),
+        ({"prompt": [1, "a"]}, "prompt", f"prompt: {ONLY_TEXTS}"),
+        ({"prompt": "a", "temprature": 1}, "temprature", "temprature: not known here"),
+        ({"prompt": "a", "stop": ["a" * 300]}, "stop", "stop: expected a text of 1 to 256 characters or a list of at"),
+        ({"prompt": "a", "presence_penalty": 0.1}, "presence_penalty", "presence_penalty: expected 0: repetition_pen"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "logit_bias: expected an object of at most 1024 token"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages",
+            "messages.0.content: expect",
+        ),
+        ({"prompt": [5000]}, "prompt", "token id 5000: "),
+        (b'{"prompt": "\\ud800"}', "prompt", "the prompt holds half of a surrogate pair"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "messages", "the prompt holds half"),
+        ({"prompt": "a", "logit_bias": {"9999": 1}}, "logit_bias", "logit_bias: token id 9999"),
+        ({"prompt": "a", "best_of": 3}, "best_of", "best_of: expected n, 1, got 3"),
+        ({"prompt": "a", "stream_options": {}}, "stream_options", "stream_options: needs stream"),
+        ({"prompt": "a", "stop": "a<|endoftext|>"}, "stop", "stop: 'a<|endoftext|>' holds the special token"),
+    ],
+)
+def test_a_fault_is_one_clause_and_names_its_field(server: Any, body: Any, param: str | None, message: str) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    path = "chat/completions" if b"messages" in content else "completions"
+    answer = httpx.post(f"{server.url}/v1/{path}", content=content, headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param), error
+    assert error["message"].startswith(message) and "; prompt" not in error["message"]
 
 
 def test_other_refusals(server: Any) -> None:
@@ -274,6 +311,29 @@ def test_sigterm_lets_open_streams_finish() -> None:
     assert [line for line in lines if line][-1] == "data: [DONE]"
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
+
+
+def test_sigterm_cuts_what_does_not_finish_and_says_so() -> None:
+    """Clients that do not read or do not write to the end: a line, no traceback, and the status of success."""
+    command = [sys.executable, "-m", "mambacus", "serve", "--model", "random:micro", "--port", "0", "--device", "cpu"]
+    flags = ["--most-new-tokens", "1000000", "--drain-seconds", "1.5"]
+    with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().rsplit(":", 1)[1])
+        links = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(3)]
+        for link, stream in zip(links, (True, False), strict=False):
+            body = json.dumps(LONG | {"max_tokens": 1_000_000, "stream": stream}).encode()
+            link.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            link.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        links[2].sendall(b"POST /v1/completions HTTP/1.1\r\n")
+        assert links[0].recv(1)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(30) == 0 and 1 < time.monotonic() - began < 15
+        assert process.stderr is not None
+        assert process.stderr.read() == "2 requests cut after 1.5 s\n"
+        for link in links:
+            link.close()
 
 
 @pytest.mark.parametrize(
