@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 RECORD = "record.json"
 LEFT_OUT = "left_out.jsonl"
 _WHERE_AND_HOW = ("out", "resume", "save_every", "data_dir", "device", "dtype", "cache", "check", "held_out", "sweep",
-                  "collect", "cuda_graph")  # fmt: skip
+                  "collect", "cuda_graph", "spike_stop")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Config:
         "record passes as CUDA graphs and repeat them: less work for the CPU (auto: one GPU, full or LoRA)",
         choices=("auto", "on", "off"),
     )
+    spike_stop: bool = opt(True, "stop where the loss leaps and stays up (docs/finetune.md)")
     save_every: int = opt(100, "steps between checkpoints", least=1)
     data_dir: Path | None = opt(None, "folder of the math sets", metavar="DIR")
 
@@ -268,6 +269,7 @@ def _how(config: Config, device: torch.device, autocast: torch.dtype | None, rat
     return Settings(
         config.out, device, autocast, rate, weight_decay=config.weight_decay, grad_accum=config.grad_accum,
         save_every=config.save_every, seed=config.seed, cuda_graph=config.cuda_graph,
+        spike_stop=config.spike_stop,
     )  # fmt: skip
 
 
