@@ -64,7 +64,7 @@ def write_checkpoint(
 
 
 def newest_checkpoint(folder: Path, *, most: int | None = None) -> Path | None:
-    """Return the newest whole checkpoint (of at ``most`` that many steps), or None; half-written ones are passed over."""
+    """Return the newest whole checkpoint (of ``most`` steps at most), or None; half-written ones are passed over."""
     found = (path for path in _numbered(folder) if most is None or _step(path) <= most)
     return next((path for path in found if _is_whole(path)), None)
 

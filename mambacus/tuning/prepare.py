@@ -51,7 +51,7 @@ class Prepared:
         samples: in the order of their rows.
         lengths: tokens of each.
         counts: for the record.
-        content: 16 digits that differ when any token differs.
+        content: 16 digits that differ when any token does, or where a sample ends or from where it is trained on.
         highest: largest token id.
         listed: rows that were left out, repeated or cut: ``{row, reason, text}``.
     """
@@ -70,9 +70,8 @@ def prepare(settings: DataSettings, tokenizer: Any) -> Prepared:
     Raises:
         UserError: as `iterate_examples` and `encode_stream`; an unknown evaluation set.
     """
-    overlap = None
-    if settings.against:
-        overlap = OverlapFilter(evaluation_texts(settings.against, settings.data_dir))
+    texts = evaluation_texts(settings.against, settings.data_dir)
+    overlap = OverlapFilter(texts) if texts else None
     left_out = LeftOut()
     notes: dict[str, Any] = {"counts": {}, "content": "", "highest": 0, "listed": left_out.listed}
     samples: Sequence[Sample]
@@ -81,8 +80,9 @@ def prepare(settings: DataSettings, tokenizer: Any) -> Prepared:
         samples = list(encoded)
         lengths = [len(sample) for sample in samples]
     else:
-        about = [settings.max_length, settings.loss, settings.drop_duplicates, settings.against]
-        key = content_key(_examples(settings, tokenizer, LeftOut()), tokenizer, about)
+        about = [settings.max_length, settings.loss, settings.drop_duplicates, texts]
+        unread = LeftOut()  # the counts that stand beside the tokens are of these rows too
+        key = content_key(_examples(settings, tokenizer, unread), tokenizer, about, unread)
         found = find(settings.cache, key)
         stored, notes = found or (store(settings.cache, key, encoded, notes), notes)
         samples, lengths = stored, stored.lengths
@@ -110,6 +110,7 @@ def _noted(
         examples, tokenizer, notes["counts"], max_length=settings.max_length, loss=settings.loss,
         drop_duplicates=settings.drop_duplicates, overlap=overlap, left_out=left_out,
     ):  # fmt: skip
+        content.update(f"{len(sample)} {sample.trained_from} ".encode())
         content.update(sample.ids.tobytes())
         notes["highest"] = max(notes["highest"], int(sample.ids.max()))
         yield sample

@@ -26,11 +26,13 @@ class Example:
         prompt: may be empty.
         completion: is trained on.
         is_text: running text, which may be cut into pieces where it is too long.
+        where: file and line, for listings; no part of what makes two examples equal.
     """
 
     prompt: str
     completion: str
     is_text: bool = False
+    where: str = dataclasses.field(default="", compare=False, repr=False)
 
 
 def examples_of(row: dict[str, Any], where: str, tokenizer: Any = None) -> Iterator[Example]:
@@ -52,9 +54,9 @@ def examples_of(row: dict[str, Any], where: str, tokenizer: Any = None) -> Itera
     elif "prompt" in row or "completion" in row:
         for key in ("prompt", "completion"):
             text_of(row, key, where, strip=False)
-        yield Example(row["prompt"], row["completion"])
+        yield Example(row["prompt"], row["completion"], where=where)
     elif "text" in row:
-        yield Example("", text_of(row, "text", where, strip=False), is_text=True)
+        yield Example("", text_of(row, "text", where, strip=False), is_text=True, where=where)
     else:
         raise UserError(f"{where}: missing key 'question'; {_EXPECTED}, got {', '.join(row) or 'no keys'}")
 
@@ -65,8 +67,8 @@ def _question(row: dict[str, Any], where: str) -> Example:
     solution = text_of(row, "solution", where) if row.get("solution") is not None else None
     prompt = qa_prompt(question, read_options(row, answer, where))
     if solution is None and len(answer.split()) > 1:  # the worked answer itself, as in GSM8K's own files
-        return Example(prompt, f" {answer}")
-    return Example(prompt, qa_completion(solution, answer))
+        return Example(prompt, f" {answer}", where=where)
+    return Example(prompt, qa_completion(solution, answer), where=where)
 
 
 def _conversation(messages: Any, where: str, tokenizer: Any) -> Iterator[Example]:
@@ -80,7 +82,7 @@ def _conversation(messages: Any, where: str, tokenizer: Any) -> Iterator[Example
             whole = _render(tokenizer, messages[: place + 1], template, False)
             if not whole.startswith(prompt):
                 raise UserError(f"{where}: the chat template rewrites the prompt once the answer follows it")
-            yield Example(prompt, whole[len(prompt) :])
+            yield Example(prompt, whole[len(prompt) :], where=where)
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], template: str, asks: bool) -> str:

@@ -3,7 +3,7 @@
 A step is suspect if its loss exceeds the median of the last `WINDOW` unsuspected ones by more than `SPREADS` times
 their median absolute deviation and by more than `LEAST` nats; `PATIENCE` suspect steps in a row are a spike. In the
 runs whose curves are in ``benchmarks/`` no step goes a third of that way; of batches of one sample, whose losses have a
-heavy tail, one step in 25 was suspect and never more than two in a row (250 steps of ``tiny``, ``lora`` and ``cs5242``).
+heavy tail, one step in 25 was suspect and never three in a row (250 steps of ``tiny``, ``lora`` and ``cs5242``).
 """
 
 from __future__ import annotations

@@ -182,7 +182,9 @@ def test_thirteen_shared_words_leave_a_row_out() -> None:
 
 def test_overlapping_and_repeated_rows_are_counted_and_listed() -> None:
     asked = "one two three four five six seven eight nine ten eleven twelve thirteen"
-    examples = [Example("a", "b"), Example("a", "b"), Example(asked, " c")]
+    examples = [
+        Example(*text, where=f"a.jsonl, line {line}") for line, text in ((2, "ab"), (5, "ab"), (9, (asked, " c")))
+    ]
     for drop, kept in ((False, 2), (True, 1)):
         left_out, counts = LeftOut(), dict[str, Any]()
         samples = list(
@@ -192,7 +194,7 @@ def test_overlapping_and_repeated_rows_are_counted_and_listed() -> None:
         assert len(samples) == kept
         assert counts["duplicates"] == 1
         assert counts["dropped"] == {"overlaps gsm8k": 1} | ({"repeated": 1} if drop else {})
-        assert [entry["row"] for entry in left_out.listed] == ["row 2", "row 3"]
+        assert [entry["row"] for entry in left_out.listed] == ["a.jsonl, line 5", "a.jsonl, line 9"]
 
 
 def test_no_word_problem_of_training_is_in_a_test_set() -> None:
@@ -225,6 +227,36 @@ def test_the_cache_gives_what_was_tokenised(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(AssertionError, match="tokenised again"):
         prepare(DataSettings("wordproblems:41", max_length=600, cache=cache), byte_tokenizer())
     assert len([*cache.iterdir()]) == 1  # what failed left nothing
+
+
+@pytest.mark.parametrize("alike", [2, 1], ids=["dropped", "places"])
+def test_the_cache_gives_no_other_files_counts(tmp_path: Path, alike: int) -> None:
+    """Two files of equal examples, one with rows that no answer can be read from, or with one line more between."""
+    good = [{"query": f"What is {n}?", "response": f"The answer is: {n}"} for n in (1, 2, 2)]
+    bad = {"query": "bad one", "response": "no idea"}
+    one, other = jsonl(tmp_path / "a.jsonl", *good), jsonl(tmp_path / "b.jsonl", *[bad] * alike, *good)
+    cached = [prepare(DataSettings(source, cache=tmp_path / "cache"), byte_tokenizer()) for source in (one, other)]
+    plain = [prepare(DataSettings(source), byte_tokenizer()) for source in (one, other)]
+    assert [(found.counts, found.listed) for found in cached] == [(found.counts, found.listed) for found in plain]
+    assert plain[0].counts["rows"] == 3 and plain[1].counts["rows"] == 3 + alike
+    assert plain[1].listed[-1]["row"] == f"{other}, line {3 + alike}"
+
+
+def test_the_cache_knows_the_texts_of_evaluation_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"question": f"How many of the {n} old dogs ran home today?", "answer": "1"} for n in (1, 2)]
+    settings = DataSettings(jsonl(tmp_path / "a.jsonl", *rows), against=("gsm8k",), cache=tmp_path / "cache")
+    for number in (1, 2):
+        texts = [("gsm8k", f"How many of the {number} old dogs ran home today?")]
+        monkeypatch.setattr("mambacus.tuning.prepare.evaluation_texts", lambda *a, texts=texts: texts)
+        (listed,) = prepare(settings, byte_tokenizer()).listed
+        assert listed["row"].endswith(f"line {number}")
+
+
+def test_the_content_of_a_run_knows_from_where_samples_are_trained_on(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", {"prompt": "abc", "completion": "def"})
+    moved = jsonl(tmp_path / "b.jsonl", {"prompt": "ab", "completion": "cdef"})
+    one, other = (prepare(DataSettings(path), byte_tokenizer()) for path in (source, moved))
+    assert one.lengths == other.lengths and one.content != other.content
 
 
 def test_rows_are_read_and_tokenised_as_they_are_needed(tmp_path: Path) -> None:
