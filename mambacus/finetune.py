@@ -95,7 +95,7 @@ def run(config: Config) -> Record:
     if config.sweep:
         from mambacus.finetune_sweep import sweep
 
-        return sweep(config, run)
+        return sweep(config, run, check_early)
     watch = Stopwatch()
     import torch
 
@@ -106,10 +106,8 @@ def run(config: Config) -> Record:
     from mambacus.tuning.prepare import prepare
     from mambacus.tuning.trainer import choose_autocast, train
 
-    method, given = methods.find_method(config.method), config
-    config = _with_defaults(config, method.preset)
-    _check(config)
-    options = _options(config.options)
+    given = config
+    method, config, options = _settled(config)
     processes.join(config.device)
     device = resolve_device(config.device)
     autocast = choose_autocast(config.dtype, device)
@@ -198,6 +196,44 @@ def _with_defaults(config: Config, preset: Mapping[str, Any]) -> Config:
     """Return ``config`` with the method's values, then the general ones, where nothing was given."""
     values: dict[str, Any] = {"batch_size": 32, "loss": "answer", **preset}
     return dataclasses.replace(config, **{name: v for name, v in values.items() if getattr(config, name) is None})
+
+
+def _settled(config: Config) -> tuple[Method, Config, dict[str, Any]]:
+    """Return the method, the settings with its defaults filled in, and its options.
+
+    Raises:
+        UserError: an unknown method, or settings that need no model are wrong.
+    """
+    from mambacus.tuning.methods import find_method
+
+    method = find_method(config.method)
+    config = _with_defaults(config, method.preset)
+    _check(config)
+    return method, config, _options(config.options)
+
+
+def check_early(config: Config) -> list[str]:
+    """Return the faults that need no model: of the settings, the options, the first row of the data."""
+    from mambacus.runtime.device import resolve_device
+    from mambacus.tuning.methods import AdapterSettings
+    from mambacus.tuning.prepare import check_source
+    from mambacus.tuning.trainer import choose_autocast
+
+    def settings() -> None:
+        method, one, options = _settled(config)
+        method.check(AdapterSettings(one.rank, one.alpha, one.dropout, one.targets, options))
+
+    faults = []
+    for look in (
+        settings,
+        lambda: choose_autocast(config.dtype, resolve_device(config.device)),
+        lambda: check_source(_data_settings(config)),
+    ):
+        try:
+            look()
+        except UserError as error:
+            faults.append(str(error))
+    return faults
 
 
 def _check(config: Config) -> None:

@@ -387,6 +387,39 @@ def test_a_sweep_compares_every_combination(
             finetune.run(config(out=tmp_path / "other", sweep=(wrong,)))
 
 
+def test_a_sweep_is_checked_whole_before_the_first_step(
+    config: Callable[..., finetune.Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mambacus.tuning.trainer.train", lambda *a, **k: pytest.fail("a run began"))
+    words = ("method=lora|loro|bitfit", "dtype=auto|float16", "grad_accum=1|99", "options=alpha=8|r=8")
+    with pytest.raises(UserError) as error:
+        finetune.run(config(out=tmp_path / "grid", sweep=words))
+    said = str(error.value)
+    for fault in ("got 'loro'; did you mean", "float16: refused", "more parts than --batch-size", "no key 'alpha'"):
+        assert fault in said, fault
+    with pytest.raises(UserError, match=r"cannot read gone\.jsonl"):
+        finetune.run(config(out=tmp_path / "grid", sweep=("data=wordproblems:9|gone.jsonl", "seed=0|1")))
+    assert "\n" not in said and not (tmp_path / "grid").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (("seed=0", "seed=1"), "seed stands twice; give its values as seed=VALUE|VALUE"),
+        (("batch-size=4", "batch_size=8"), "batch_size stands twice"),
+        (("seed=0|1|0",), "seed: 0 stands twice (| separates values"),
+        (("lr=1e-3|0.001",), "lr: 0.001 stands twice"),
+        (("targets=in_proj|in!proj|in%proj",), "two runs would share the folder"),
+    ],
+)
+def test_a_grid_that_would_lose_a_run_is_refused(
+    config: Callable[..., finetune.Config], tmp_path: Path, words: tuple[str, ...], fault: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        finetune.run(config(out=tmp_path / "grid", sweep=words))
+    assert fault in str(error.value) and not (tmp_path / "grid").exists()
+
+
 def test_a_sweep_keeps_nothing_of_a_run_while_the_next_one_trains(
     config: Callable[..., finetune.Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,7 +443,11 @@ def test_a_sweep_keeps_nothing_of_a_run_while_the_next_one_trains(
     monkeypatch.setattr(trainer.MambaTrainer, "__init__", remember)
     gc.disable()  # what is freed is freed by the sweep, not by chance
     try:
-        sweep(config(out=tmp_path / "grid", sweep=("method=lora|pissa|affix|full",), max_steps=2), run)
+        sweep(
+            config(out=tmp_path / "grid", sweep=("method=lora|pissa|affix|full",), max_steps=2),
+            run,
+            finetune.check_early,
+        )
         assert [ref() for ref in made] == [None] * len(made)
     finally:
         gc.enable()

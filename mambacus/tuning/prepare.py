@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mambacus.data.sources import MATH_SPLITS, load_math
+from mambacus.models.tokenizer import byte_tokenizer
 from mambacus.runtime.errors import UserError, suggest
 from mambacus.tuning.data import LeftOut, Sample, encode_stream, iterate_examples
 from mambacus.tuning.overlap import OverlapFilter
@@ -87,6 +89,21 @@ def prepare(settings: DataSettings, tokenizer: Any) -> Prepared:
         stored, notes = found or (store(settings.cache, key, encoded, notes), notes)
         samples, lengths = stored, stored.lengths
     return Prepared(samples, lengths, notes["counts"], notes["content"], notes["highest"], notes["listed"])
+
+
+def check_source(settings: DataSettings) -> None:
+    """Read the first row and the evaluation sets, to refuse early what `prepare` would refuse for them.
+
+    Raises:
+        UserError: as `prepare`, if it is for these.
+    """
+    evaluation_texts(settings.against, settings.data_dir)
+    first = dataclasses.replace(settings, source="wordproblems:1") if _is_generated(settings.source) else settings
+    next(_examples(first, byte_tokenizer(), LeftOut()))
+
+
+def _is_generated(source: str) -> bool:
+    return re.fullmatch(r"wordproblems:0*[1-9]\d*", source) is not None
 
 
 def _examples(settings: DataSettings, tokenizer: Any, left_out: LeftOut) -> Iterator[Example]:
