@@ -24,8 +24,8 @@ def grid(words: Sequence[str], config_class: type) -> list[dict[str, Any]]:
     """Return the settings of every run for words like ``method=lora|dora`` and ``lr=1e-3|5e-4``.
 
     Raises:
-        UserError: a word of another form, an unknown or fixed setting, one that stands twice, or a value that does or is of
-            the wrong type.
+        UserError: a word of another form, an unknown or fixed setting, one that stands twice, or a value that does or
+            has the wrong type.
     """
     axes: dict[str, list[Any]] = {}
     hints = typing.get_type_hints(config_class)

@@ -12,6 +12,7 @@ from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import read_jsonl
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_LONGEST_FIELD = 2**31 - 1  # characters; csv's own limit, 131,072, is less than a long text
 NumberedRow = tuple[str, dict[str, Any]]  # where it stands, for messages; the row
 
 
@@ -35,6 +36,7 @@ def file_rows(path: Path) -> Iterator[NumberedRow]:
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[NumberedRow]:
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=delimiter, strict=True)

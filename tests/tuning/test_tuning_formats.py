@@ -57,6 +57,12 @@ def test_a_broken_file_is_one_line(tmp_path: Path, name: str, content: str, word
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_long_text_in_a_column_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\n" + "word " * 60_000 + "\n")
+    (example,) = read_examples(str(tmp_path / "a.csv"))
+    assert len(example.completion) == 300_000
+
+
 def test_prompt_and_completion_are_taken_as_they_are(tmp_path: Path) -> None:
     (example,) = read_examples(jsonl(tmp_path / "a.jsonl", {"prompt": "Translate: ", "completion": " oui\n"}))
     assert example == Example("Translate: ", " oui\n")
@@ -127,6 +133,33 @@ def test_converters_give_the_final_answer(name: str, row: Any, question: str, so
     assert found is not None
     assert (found["question"], found["solution"], found["answer"]) == (question, solution, answer)
     assert converter_for("auto", "", row) == (name if name in ("metamath", "aqua", "mathqa") else "")
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("He needs 3-5 apples.", None),
+        ("He needs 3 to 5 apples.", None),
+        ("So x=10-7.", None),
+        ("So 10 - 7 = 3.", "3"),
+        ("It is 1 3/4 cups.", None),
+        ("It is 3/4 cups.", "3/4"),
+        ("The ratio is 3:2.", None),
+        ("The answer is 2.5 x 10^3", None),
+        ("It took 2 hours and 30 minutes.", None),
+        ("It took 5 hours 30 minutes.", None),
+        ("It costs 2.5 million dollars.", None),
+        ("It costs 5 dollars. Great!", None),
+        ("It costs 5 dollars.", "5"),
+        ("Thus x = -7.", "-7"),
+        ("The answer is -7.", "-7"),
+        ("The answer is $1,250.50.", "1250.5"),
+        ("Therefore, 25% of 80 is 20.", "20"),
+    ],
+)
+def test_a_final_answer_in_prose_is_read_or_left_out_but_not_guessed(said: str, answer: str | None) -> None:
+    found = CONVERTERS["orca-math"]({"question": "q", "answer": f"First 2 + 2 = 4.\n{said}"})
+    assert (found and found["answer"]) == answer
 
 
 def test_options_keep_their_texts() -> None:
