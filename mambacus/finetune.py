@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
     from mambacus.models.signature import Signature
     from mambacus.tuning.methods import Method
-    from mambacus.tuning.packing import PlannedBatches
+    from mambacus.tuning.packing import Plan, PlannedBatches
     from mambacus.tuning.prepare import Prepared
 
 RECORD = "record.json"
 LEFT_OUT = "left_out.jsonl"
+LEAST_REAL = 0.97  # share of computed tokens that are real, below which a run says so
 _WHERE_AND_HOW = ("out", "resume", "save_every", "data_dir", "device", "dtype", "cache", "check", "held_out", "sweep",
                   "collect", "cuda_graph", "spike_stop")  # fmt: skip
 
@@ -43,7 +44,7 @@ class Config:
     grad_accum: int = opt(1, "parts a step is split into to save memory; the gradient stays the same", least=1)
     max_length: int = opt(1024, "tokens of a sample; longer ones are dropped and counted, text is cut", least=1)
     pack_length: int = opt(
-        -1, "tokens of a packed row; 0: one sample a row; -1: 2048, or --max-length if longer", least=-1
+        -1, "tokens of a packed row; 0: one sample a row; -1: 2048 or more, by the data (docs/finetune.md)", least=-1
     )
     loss: str | None = opt(
         None,
@@ -128,7 +129,7 @@ def run(config: Config) -> Record:
         return finished
     parameters = methods.count_parameters(trained) | {"targets": _places(trained, config.method)}
     if processes.is_main():
-        _announce(config, parameters, prepared.counts, data.plan.steps, rate)
+        _announce(config, parameters, prepared.counts, data.plan, rate)
         write_jsonl_atomic(config.out / LEFT_OUT, prepared.listed)
     checking = _Check(config, device, tokenizer)
     results = train(
@@ -283,12 +284,22 @@ def _batches(config: Config, method: Method, prepared: Prepared) -> PlannedBatch
     from mambacus.tuning.packing import PlannedBatches, plan
     from mambacus.tuning.processes import world_size
 
-    capacity = max(2048, config.max_length) if config.pack_length < 0 else config.pack_length
-    layout = plan(
-        prepared.lengths, epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size or 1,
-        grad_accum=config.grad_accum, seed=config.seed, capacity=capacity if method.packs else 0,
-        processes=world_size(),
-    )  # fmt: skip
+    def laid_out(capacity: int) -> Plan:
+        return plan(
+            prepared.lengths, epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size or 1,
+            grad_accum=config.grad_accum, seed=config.seed, capacity=capacity, processes=world_size(),
+        )  # fmt: skip
+
+    shortest = max(2048, config.max_length)
+    if not method.packs:
+        layout = laid_out(0)
+    elif config.pack_length >= 0:
+        layout = laid_out(config.pack_length)
+    else:  # rows of few long samples cannot be levelled; longer ones can, and compute fewer tokens
+        layout = laid_out(shortest)
+        for times in (2, 4, 8):
+            if layout.efficiency < LEAST_REAL:
+                layout = max(layout, laid_out(times * shortest), key=lambda found: found.efficiency)
     return PlannedBatches(prepared.samples, layout)
 
 
@@ -360,7 +371,7 @@ def _claim(config: Config, identity: dict[str, Any]) -> Record | None:
     return read_record(config.out / RECORD) if (config.out / RECORD).is_file() else None
 
 
-def _announce(config: Config, parameters: dict[str, Any], counts: dict[str, Any], steps: int, rate: float) -> None:
+def _announce(config: Config, parameters: dict[str, Any], counts: dict[str, Any], plan: Plan, rate: float) -> None:
     share = 100 * parameters["trainable"] / parameters["total"]
     print(
         f"{config.method}: {parameters['trainable']:,} of {parameters['total']:,} parameters train ({share:.2f} %): "
@@ -370,8 +381,13 @@ def _announce(config: Config, parameters: dict[str, Any], counts: dict[str, Any]
     split = f", {counts['split']} cut into pieces" if counts["split"] else ""
     print(
         f"data: {counts['kept']} of {counts['rows']} rows{dropped}{split}, {counts['duplicates']} repeated, "
-        f"{counts['tokens']:,} tokens; {steps} steps of {config.batch_size}"
+        f"{counts['tokens']:,} tokens; {plan.steps} steps of {config.batch_size}"
     )
+    if plan.efficiency < LEAST_REAL:
+        print(
+            f"packing: {plan.efficiency:.1%} of the computed tokens are real, the rest fills rows up to the longest; "
+            "a larger --pack-length or --batch-size levels them, where the method packs"
+        )
 
 
 def _save(

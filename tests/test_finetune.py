@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -366,6 +368,34 @@ def test_the_verdict_follows_the_interval() -> None:
     found = compare(before, {**before, "accuracy:x": right, "task:y": wrong})
     verdicts = [line.rpartition(": ")[2] for line in summary(found)]
     assert verdicts == ["gain", "cost", "no sure change"]
+
+
+
+
+@pytest.mark.parametrize("shape", ["uniform", "lognormal"])
+def test_rows_grow_until_nearly_all_tokens_of_long_samples_are_real(
+    config: Callable[..., finetune.Config], capsys: pytest.CaptureFixture[str], shape: str
+) -> None:
+    from mambacus.tuning.data import Sample
+    from mambacus.tuning.methods import METHODS
+    from mambacus.tuning.packing import plan
+    from mambacus.tuning.prepare import Prepared
+
+    random = np.random.default_rng(0)
+    drawn = {"uniform": random.integers(1100, 2048, 512), "lognormal": random.lognormal(6.4, 0.7, 512).clip(20, 2047)}
+    samples = [Sample(np.zeros(int(length), dtype=np.int32), 1) for length in drawn[shape]]
+    prepared = Prepared(samples, [*map(len, samples)], {}, "", 0, [])
+    settings = {"epochs": 1.0, "max_steps": 0, "batch_size": 32}
+    chosen = finetune._batches(config(**settings), METHODS["lora"], prepared).plan
+    fixed = plan(prepared.lengths, epochs=1, batch_size=32, grad_accum=1, capacity=2048, seed=0)
+    assert fixed.efficiency < 0.97 <= chosen.efficiency
+    assert chosen.computed_tokens < fixed.computed_tokens
+    for one, other in zip(chosen.micro_batches, fixed.micro_batches, strict=True):  # the same samples make a step
+        assert sorted(itertools.chain(*one)) == sorted(itertools.chain(*other))
+    for layout, said in ((chosen, False), (fixed, True)):
+        counts = {"dropped": {}, "split": 0, "kept": 512, "rows": 512, "duplicates": 0, "tokens": 1}
+        finetune._announce(config(), {"trainable": 1, "total": 2, "targets": []}, counts, layout, 0.1)
+        assert ("of the computed tokens are real" in capsys.readouterr().out) is said
 
 
 @pytest.mark.slow
