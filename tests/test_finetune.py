@@ -370,8 +370,6 @@ def test_the_verdict_follows_the_interval() -> None:
     assert verdicts == ["gain", "cost", "no sure change"]
 
 
-
-
 @pytest.mark.parametrize("shape", ["uniform", "lognormal"])
 def test_rows_grow_until_nearly_all_tokens_of_long_samples_are_real(
     config: Callable[..., finetune.Config], capsys: pytest.CaptureFixture[str], shape: str

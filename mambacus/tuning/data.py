@@ -24,7 +24,7 @@ from mambacus.runtime.errors import UserError
 from mambacus.tuning.converters import CONVERTERS, converter_for
 from mambacus.tuning.overlap import OverlapFilter
 from mambacus.tuning.rows import NumberedRow, file_rows, hub_rows, is_file_source
-from mambacus.tuning.schemas import Example, examples_of
+from mambacus.tuning.schemas import EMPTY_TURN, Example, examples_of
 
 __all__ = ["IGNORED", "Example", "LeftOut", "Sample", "encode", "encode_stream", "iterate_examples", "read_examples"]
 
@@ -151,7 +151,7 @@ def _converted(
     for where, row in rows:
         name = converter_for(convert, source, row)
         if not name:
-            yield from examples_of(row, where, tokenizer)
+            yield from examples_of(row, where, tokenizer, left_out.drop)
             continue
         plain = CONVERTERS[name](row)
         if plain is None:
@@ -233,7 +233,9 @@ def encode_stream(
             if too_long
             else f"no row left: {reasons}"
         )
-    unread = sum(number for reason, number in ledger.dropped.items() if reason.startswith("no final answer"))
+    unread = sum(
+        number for reason, number in ledger.dropped.items() if reason.startswith(("no final answer", EMPTY_TURN))
+    )
     counts |= {
         "rows": totals["rows"] + unread,
         "kept": totals["kept"],

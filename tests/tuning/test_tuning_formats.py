@@ -88,6 +88,7 @@ def test_each_turn_of_the_assistant_is_trained_on(tmp_path: Path) -> None:
         ("hello", "expected a list of role and content"),
         ([{"role": "user", "content": "hi"}], "no turn of the assistant"),
         ([{"role": "robot", "content": "hi"}], "message 1: role: expected one of system, user, assistant, tool"),
+        ([{"role": "user", "content": None}], "leave messages whose content is null out"),
         ([{"role": "user"}], "message 1: expected role and content"),
     ],
 )
@@ -95,6 +96,32 @@ def test_a_broken_conversation_is_named(tmp_path: Path, messages: Any, words: st
     with pytest.raises(UserError) as error:
         list(iterate_examples(jsonl(tmp_path / "a.jsonl", {"messages": messages}), tokenizer=byte_tokenizer()))
     assert "line 1" in str(error.value) and words in str(error.value)
+
+
+def test_an_empty_turn_is_left_out_and_listed(tmp_path: Path) -> None:
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "more"), ("assistant", " ")]
+    source = jsonl(tmp_path / "a.jsonl", {"messages": [{"role": role, "content": content} for role, content in turns]})
+    prepared = prepare(DataSettings(source), byte_tokenizer())
+    assert (prepared.counts["rows"], prepared.counts["kept"]) == (2, 1)
+    assert prepared.counts["dropped"] == {"empty turn of the assistant": 1}
+    assert prepared.listed[0]["row"].endswith("line 1")
+
+
+def test_text_parts_are_joined(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "yes"}
+    parts = [{"type": "text", "text": "2 + 2"}, {"type": "text", "text": "?"}]
+    rows = [{"messages": [{"role": "user", "content": content}, answer]} for content in (parts, "2 + 2?")]
+    one, other = read_examples_with(jsonl(tmp_path / "a.jsonl", *rows))
+    assert one == other
+
+
+def read_examples_with(source: str) -> list[Example]:
+    return list(iterate_examples(source, tokenizer=byte_tokenizer()))
+
+
+def test_conversations_of_another_form_are_told_the_fix(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"line 1: conversations .* rename them to messages"):
+        read_examples(jsonl(tmp_path / "a.jsonl", {"conversations": [{"from": "human", "value": "hi"}]}))
 
 
 def test_running_text_is_cut_and_all_of_it_is_trained_on(tmp_path: Path) -> None:
