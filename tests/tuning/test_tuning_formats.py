@@ -47,6 +47,7 @@ def test_every_format_gives_the_same_examples(tmp_path: Path) -> None:
         ("a.csv", 'question,answer\n"q,5\n', "not valid CSV"),
         ("a.csv", "question\nq\n", "line 2: missing key 'answer'"),
         ("a.csv", "", "no rows"),
+        ("a.json", ' [\n{"question": "q", "answer": "1"}]', "got an array; put each element on a line"),
         ("a.parquet", "no parquet", "not a Parquet file"),
     ],
 )
