@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
     from mambacus.models.signature import Signature
     from mambacus.tuning.methods import Method
-    from mambacus.tuning.packing import PlannedBatches
+    from mambacus.tuning.packing import Plan, PlannedBatches
     from mambacus.tuning.prepare import Prepared
 
 RECORD = "record.json"
 LEFT_OUT = "left_out.jsonl"
+LEAST_REAL = 0.97  # share of computed tokens that are real, below which a run says so
 _WHERE_AND_HOW = ("out", "resume", "save_every", "data_dir", "device", "dtype", "cache", "check", "held_out", "sweep",
-                  "collect", "cuda_graph")  # fmt: skip
+                  "collect", "cuda_graph", "spike_stop")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Config:
     grad_accum: int = opt(1, "parts a step is split into to save memory; the gradient stays the same", least=1)
     max_length: int = opt(1024, "tokens of a sample; longer ones are dropped and counted, text is cut", least=1)
     pack_length: int = opt(
-        -1, "tokens of a packed row; 0: one sample a row; -1: 2048, or --max-length if longer", least=-1
+        -1, "tokens of a packed row; 0: one sample a row; -1: 2048 or more, by the data (docs/finetune.md)", least=-1
     )
     loss: str | None = opt(
         None,
@@ -79,6 +80,7 @@ class Config:
         "record passes as CUDA graphs and repeat them: less work for the CPU (auto: one GPU, full or LoRA)",
         choices=("auto", "on", "off"),
     )
+    spike_stop: bool = opt(True, "stop where the loss leaps and stays up (docs/finetune.md)")
     save_every: int = opt(100, "steps between checkpoints", least=1)
     data_dir: Path | None = opt(None, "folder of the math sets", metavar="DIR")
 
@@ -94,7 +96,7 @@ def run(config: Config) -> Record:
     if config.sweep:
         from mambacus.finetune_sweep import sweep
 
-        return sweep(config, run)
+        return sweep(config, run, check_early)
     watch = Stopwatch()
     import torch
 
@@ -105,10 +107,8 @@ def run(config: Config) -> Record:
     from mambacus.tuning.prepare import prepare
     from mambacus.tuning.trainer import choose_autocast, train
 
-    method, given = methods.find_method(config.method), config
-    config = _with_defaults(config, method.preset)
-    _check(config)
-    options = _options(config.options)
+    given = config
+    method, config, options = _settled(config)
     processes.join(config.device)
     device = resolve_device(config.device)
     autocast = choose_autocast(config.dtype, device)
@@ -129,7 +129,7 @@ def run(config: Config) -> Record:
         return finished
     parameters = methods.count_parameters(trained) | {"targets": _places(trained, config.method)}
     if processes.is_main():
-        _announce(config, parameters, prepared.counts, data.plan.steps, rate)
+        _announce(config, parameters, prepared.counts, data.plan, rate)
         write_jsonl_atomic(config.out / LEFT_OUT, prepared.listed)
     checking = _Check(config, device, tokenizer)
     results = train(
@@ -199,6 +199,44 @@ def _with_defaults(config: Config, preset: Mapping[str, Any]) -> Config:
     return dataclasses.replace(config, **{name: v for name, v in values.items() if getattr(config, name) is None})
 
 
+def _settled(config: Config) -> tuple[Method, Config, dict[str, Any]]:
+    """Return the method, the settings with its defaults filled in, and its options.
+
+    Raises:
+        UserError: an unknown method, or settings that need no model are wrong.
+    """
+    from mambacus.tuning.methods import find_method
+
+    method = find_method(config.method)
+    config = _with_defaults(config, method.preset)
+    _check(config)
+    return method, config, _options(config.options)
+
+
+def check_early(config: Config) -> list[str]:
+    """Return the faults that need no model: of the settings, the options, the first row of the data."""
+    from mambacus.runtime.device import resolve_device
+    from mambacus.tuning.methods import AdapterSettings
+    from mambacus.tuning.prepare import check_source
+    from mambacus.tuning.trainer import choose_autocast
+
+    def settings() -> None:
+        method, one, options = _settled(config)
+        method.check(AdapterSettings(one.rank, one.alpha, one.dropout, one.targets, options))
+
+    faults = []
+    for look in (
+        settings,
+        lambda: choose_autocast(config.dtype, resolve_device(config.device)),
+        lambda: check_source(_data_settings(config)),
+    ):
+        try:
+            look()
+        except UserError as error:
+            faults.append(str(error))
+    return faults
+
+
 def _check(config: Config) -> None:
     """Check the settings that need no model.
 
@@ -246,12 +284,22 @@ def _batches(config: Config, method: Method, prepared: Prepared) -> PlannedBatch
     from mambacus.tuning.packing import PlannedBatches, plan
     from mambacus.tuning.processes import world_size
 
-    capacity = max(2048, config.max_length) if config.pack_length < 0 else config.pack_length
-    layout = plan(
-        prepared.lengths, epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size or 1,
-        grad_accum=config.grad_accum, seed=config.seed, capacity=capacity if method.packs else 0,
-        processes=world_size(),
-    )  # fmt: skip
+    def laid_out(capacity: int) -> Plan:
+        return plan(
+            prepared.lengths, epochs=config.epochs, max_steps=config.max_steps, batch_size=config.batch_size or 1,
+            grad_accum=config.grad_accum, seed=config.seed, capacity=capacity, processes=world_size(),
+        )  # fmt: skip
+
+    shortest = max(2048, config.max_length)
+    if not method.packs:
+        layout = laid_out(0)
+    elif config.pack_length >= 0:
+        layout = laid_out(config.pack_length)
+    else:  # rows of few long samples cannot be levelled; longer ones can, and compute fewer tokens
+        layout = laid_out(shortest)
+        for times in (2, 4, 8):
+            if layout.efficiency < LEAST_REAL:
+                layout = max(layout, laid_out(times * shortest), key=lambda found: found.efficiency)
     return PlannedBatches(prepared.samples, layout)
 
 
@@ -268,6 +316,7 @@ def _how(config: Config, device: torch.device, autocast: torch.dtype | None, rat
     return Settings(
         config.out, device, autocast, rate, weight_decay=config.weight_decay, grad_accum=config.grad_accum,
         save_every=config.save_every, seed=config.seed, cuda_graph=config.cuda_graph,
+        spike_stop=config.spike_stop,
     )  # fmt: skip
 
 
@@ -322,7 +371,7 @@ def _claim(config: Config, identity: dict[str, Any]) -> Record | None:
     return read_record(config.out / RECORD) if (config.out / RECORD).is_file() else None
 
 
-def _announce(config: Config, parameters: dict[str, Any], counts: dict[str, Any], steps: int, rate: float) -> None:
+def _announce(config: Config, parameters: dict[str, Any], counts: dict[str, Any], plan: Plan, rate: float) -> None:
     share = 100 * parameters["trainable"] / parameters["total"]
     print(
         f"{config.method}: {parameters['trainable']:,} of {parameters['total']:,} parameters train ({share:.2f} %): "
@@ -332,8 +381,13 @@ def _announce(config: Config, parameters: dict[str, Any], counts: dict[str, Any]
     split = f", {counts['split']} cut into pieces" if counts["split"] else ""
     print(
         f"data: {counts['kept']} of {counts['rows']} rows{dropped}{split}, {counts['duplicates']} repeated, "
-        f"{counts['tokens']:,} tokens; {steps} steps of {config.batch_size}"
+        f"{counts['tokens']:,} tokens; {plan.steps} steps of {config.batch_size}"
     )
+    if plan.efficiency < LEAST_REAL:
+        print(
+            f"packing: {plan.efficiency:.1%} of the computed tokens are real, the rest fills rows up to the longest; "
+            "a larger --pack-length or --batch-size levels them, where the method packs"
+        )
 
 
 def _save(

@@ -24,7 +24,8 @@ def grid(words: Sequence[str], config_class: type) -> list[dict[str, Any]]:
     """Return the settings of every run for words like ``method=lora|dora`` and ``lr=1e-3|5e-4``.
 
     Raises:
-        UserError: a word of another form, an unknown or fixed setting, or a value of the wrong type.
+        UserError: a word of another form, an unknown or fixed setting, one that stands twice, or a value that does or
+            has the wrong type.
     """
     axes: dict[str, list[Any]] = {}
     hints = typing.get_type_hints(config_class)
@@ -35,11 +36,16 @@ def grid(words: Sequence[str], config_class: type) -> list[dict[str, Any]]:
             raise UserError(f"--sweep: expected SETTING=VALUE|VALUE, got {word!r}")
         if key in _FIXED:
             raise UserError(f"--sweep: {key} is the same for all runs")
+        if key in axes:
+            raise UserError(f"--sweep: {key} stands twice; give its values as {key}=VALUE|VALUE")
         axes[key] = [from_mapping({key: value}, hints, "--sweep")[key] for value in values.split("|")]
+        repeated = [value for place, value in enumerate(axes[key]) if value in axes[key][:place]]
+        if repeated:
+            raise UserError(f"--sweep: {key}: {repeated[0]} stands twice (| separates values, so none can hold one)")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def sweep(config: Any, run: Callable[[Any], Record]) -> Record:
+def sweep(config: Any, run: Callable[[Any], Record], check: Callable[[Any], list[str]]) -> Record:
     """Train every point of the grid into a folder of its own and write one comparison record; finished runs are kept.
 
     ``results``: ``axes`` (the settings that vary), ``runs``: for each its settings, parameters, losses, seconds,
@@ -48,11 +54,13 @@ def sweep(config: Any, run: Callable[[Any], Record]) -> Record:
     With ``config.collect`` nothing is trained: all runs must be there, and the record carries their environment.
 
     Raises:
-        UserError: as `grid`, or a run was refused; when collecting, runs are missing or were made in another way.
+        UserError: as `grid`; faults that ``check`` finds, of all runs before the first begins, or that a run finds in
+            what was loaded; when collecting, runs are missing or were made in another way.
     """
     watch = Stopwatch()
     points = grid(config.sweep, type(config))
     ones = [dataclasses.replace(config, **point, out=config.out / _name(point), sweep=()) for point in points]
+    _check(ones, check, config.collect)
     records = _finished(ones) if config.collect else []
     if not config.collect:
         for place, (point, one) in enumerate(zip(points, ones, strict=True), 1):
@@ -74,6 +82,26 @@ def sweep(config: Any, run: Callable[[Any], Record]) -> Record:
         )  # fmt: skip
     write_record(config.out / "record.json", record)
     return record
+
+
+def _check(ones: Sequence[Any], check: Callable[[Any], list[str]], collecting: bool) -> None:
+    """Refuse a grid of which a run would be refused, or two would share a folder.
+
+    Raises:
+        UserError: naming the faults of all runs, each once.
+    """
+    faults: dict[str, str] = {}
+    taken: dict[Path, Any] = {}
+    for one in ones:
+        if one.out in taken:
+            faults.setdefault(f"two runs would share the folder {one.out.name}", "")
+        taken[one.out] = one
+        if collecting:
+            continue
+        for fault in check(one):
+            faults.setdefault(fault, f"{one.out.name}: ")
+    if faults:
+        raise UserError("--sweep: " + "; ".join(where + fault for fault, where in faults.items()))
 
 
 def _finished(ones: Sequence[Any]) -> list[Record]:

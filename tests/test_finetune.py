@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -368,6 +370,32 @@ def test_the_verdict_follows_the_interval() -> None:
     assert verdicts == ["gain", "cost", "no sure change"]
 
 
+@pytest.mark.parametrize("shape", ["uniform", "lognormal"])
+def test_rows_grow_until_nearly_all_tokens_of_long_samples_are_real(
+    config: Callable[..., finetune.Config], capsys: pytest.CaptureFixture[str], shape: str
+) -> None:
+    from mambacus.tuning.data import Sample
+    from mambacus.tuning.methods import METHODS
+    from mambacus.tuning.packing import plan
+    from mambacus.tuning.prepare import Prepared
+
+    random = np.random.default_rng(0)
+    drawn = {"uniform": random.integers(1100, 2048, 512), "lognormal": random.lognormal(6.4, 0.7, 512).clip(20, 2047)}
+    samples = [Sample(np.zeros(int(length), dtype=np.int32), 1) for length in drawn[shape]]
+    prepared = Prepared(samples, [*map(len, samples)], {}, "", 0, [])
+    settings = {"epochs": 1.0, "max_steps": 0, "batch_size": 32}
+    chosen = finetune._batches(config(**settings), METHODS["lora"], prepared).plan
+    fixed = plan(prepared.lengths, epochs=1, batch_size=32, grad_accum=1, capacity=2048, seed=0)
+    assert fixed.efficiency < 0.97 <= chosen.efficiency
+    assert chosen.computed_tokens < fixed.computed_tokens
+    for one, other in zip(chosen.micro_batches, fixed.micro_batches, strict=True):  # the same samples make a step
+        assert sorted(itertools.chain(*one)) == sorted(itertools.chain(*other))
+    for layout, said in ((chosen, False), (fixed, True)):
+        counts = {"dropped": {}, "split": 0, "kept": 512, "rows": 512, "duplicates": 0, "tokens": 1}
+        finetune._announce(config(), {"trainable": 1, "total": 2, "targets": []}, counts, layout, 0.1)
+        assert ("of the computed tokens are real" in capsys.readouterr().out) is said
+
+
 @pytest.mark.slow
 def test_a_sweep_compares_every_combination(
     config: Callable[..., finetune.Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -385,6 +413,39 @@ def test_a_sweep_compares_every_combination(
     for wrong, fault in (("out=a|b", "out is the same"), ("lr=fast", "expected float"), ("methd=x", "unknown key")):
         with pytest.raises(UserError, match=fault):
             finetune.run(config(out=tmp_path / "other", sweep=(wrong,)))
+
+
+def test_a_sweep_is_checked_whole_before_the_first_step(
+    config: Callable[..., finetune.Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mambacus.tuning.trainer.train", lambda *a, **k: pytest.fail("a run began"))
+    words = ("method=lora|loro|bitfit", "dtype=auto|float16", "grad_accum=1|99", "options=alpha=8|r=8")
+    with pytest.raises(UserError) as error:
+        finetune.run(config(out=tmp_path / "grid", sweep=words))
+    said = str(error.value)
+    for fault in ("got 'loro'; did you mean", "float16: refused", "more parts than --batch-size", "no key 'alpha'"):
+        assert fault in said, fault
+    with pytest.raises(UserError, match=r"cannot read gone\.jsonl"):
+        finetune.run(config(out=tmp_path / "grid", sweep=("data=wordproblems:9|gone.jsonl", "seed=0|1")))
+    assert "\n" not in said and not (tmp_path / "grid").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (("seed=0", "seed=1"), "seed stands twice; give its values as seed=VALUE|VALUE"),
+        (("batch-size=4", "batch_size=8"), "batch_size stands twice"),
+        (("seed=0|1|0",), "seed: 0 stands twice (| separates values"),
+        (("lr=1e-3|0.001",), "lr: 0.001 stands twice"),
+        (("targets=in_proj|in!proj|in%proj",), "two runs would share the folder"),
+    ],
+)
+def test_a_grid_that_would_lose_a_run_is_refused(
+    config: Callable[..., finetune.Config], tmp_path: Path, words: tuple[str, ...], fault: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        finetune.run(config(out=tmp_path / "grid", sweep=words))
+    assert fault in str(error.value) and not (tmp_path / "grid").exists()
 
 
 def test_a_sweep_keeps_nothing_of_a_run_while_the_next_one_trains(
@@ -410,7 +471,11 @@ def test_a_sweep_keeps_nothing_of_a_run_while_the_next_one_trains(
     monkeypatch.setattr(trainer.MambaTrainer, "__init__", remember)
     gc.disable()  # what is freed is freed by the sweep, not by chance
     try:
-        sweep(config(out=tmp_path / "grid", sweep=("method=lora|pissa|affix|full",), max_steps=2), run)
+        sweep(
+            config(out=tmp_path / "grid", sweep=("method=lora|pissa|affix|full",), max_steps=2),
+            run,
+            finetune.check_early,
+        )
         assert [ref() for ref in made] == [None] * len(made)
     finally:
         gc.enable()

@@ -30,12 +30,17 @@ class GradientAudit(TrainerCallback):
     Args:
         model: its parameters that require a gradient are audited.
         quiet_first: tells by name which tensors start with a zero gradient by construction.
+
+    Attributes:
+        parameters: what is audited, by name.
+        norms: of this process's parts of the gradients of the last step, in that order, after clipping.
     """
 
     def __init__(self, model: nn.Module, quiet_first: Callable[[str], bool]) -> None:
         self.model = model
         self.parameters: dict[str, nn.Parameter] = {}
         self.quiet_first = quiet_first
+        self.norms: torch.Tensor | None = None
         self._updates = 0
         self._before: torch.Tensor | None = None
 
@@ -62,7 +67,7 @@ class GradientAudit(TrainerCallback):
         if len(gradients) < len(self.parameters):
             missing = [name for name, parameter in self.parameters.items() if parameter.grad is None]
             raise TrainingStoppedError(f"step {step}: no gradient reaches {listed(missing)}: it would never train")
-        norms = torch.stack(torch._foreach_norm([sharding.part(gradient) for gradient in gradients]))
+        self.norms = norms = torch.stack(torch._foreach_norm([sharding.part(gradient) for gradient in gradients]))
         infinite, nonzero = self._anywhere(~norms.isfinite(), norms != 0)
         broken = [name for name, bad in zip(self.parameters, infinite, strict=True) if bad]
         if broken:

@@ -63,9 +63,10 @@ def write_checkpoint(
     return final
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint, or None; half-written ones are passed over."""
-    return next((path for path in _numbered(folder) if _is_whole(path)), None)
+def newest_checkpoint(folder: Path, *, most: int | None = None) -> Path | None:
+    """Return the newest whole checkpoint (of ``most`` steps at most), or None; half-written ones are passed over."""
+    found = (path for path in _numbered(folder) if most is None or _step(path) <= most)
+    return next((path for path in found if _is_whole(path)), None)
 
 
 def read_notes(checkpoint: Path) -> dict[str, Any]:
@@ -79,7 +80,11 @@ def _numbered(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _is_whole(checkpoint: Path) -> bool:

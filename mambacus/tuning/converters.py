@@ -15,6 +15,15 @@ Row = dict[str, Any]
 Converter = Callable[[Row], Row | None]
 
 NUMBER = r"-?\$?\s?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
+_SIGNED = re.compile(
+    rf"(?:(?<![\w.)}}])-)?{NUMBER.removeprefix('-?')}"
+)  # after a digit, letter or bracket - is no sign
+_GOES_ON = re.compile(  # what stands before a number that is a part of something
+    r"\d[)}%]?\s*(?:[-\u2010-\u2015\u2212:^*\u00d7\u00f7/+]|x|to|and|or|\\times|\\cdot|\s)\s*[({$]?\s*$"
+    r"|\d\s+(?!(?:is|are|was|equals|gives|makes|leaves)\b)[A-Za-z]+(?:,?\s+and)?\s+\$?$"
+    r"|(?:sqrt|frac)\{[^=]*$"
+)
+_GROWS = re.compile(r"\s*(?:hundred|thousand|million|billion|trillion|dozen|\^|[\u00b2\u00b3!:*\u00d7+]|\d)")
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _LAST_LINE = re.compile(rf"{ANSWER_MARK}\s*(.+?)\s*$")
 _META = re.compile(r"\s*(?:####\s*\S.*\n)?The answer is:?\s*(.+?)\s*$")
@@ -44,13 +53,21 @@ def gsm8k(row: Row) -> Row | None:
 
 
 def orca_math(row: Row) -> Row | None:
-    """Orca-Math: a worked answer in prose; the last number of its last sentence with one is the final answer."""
+    """Orca-Math: a worked answer in prose; the last number of the last sentence is the final answer.
+
+    A row is left out where that sentence has no number, or its last one is only a part of what is said: of a range, a
+    ratio, a power, a mixed number, a term without its result, or the second of two quantities.
+    """
     text = str(row.get("answer", "")).strip()
     sentences = [line for line in re.split(r"(?<=[.!?])\s+|\n+", text) if line.strip()]
-    if not sentences:
+    said = sentences[-1].rpartition("=")[2] if sentences else ""
+    found = [*_SIGNED.finditer(said)]
+    if not found:
         return None
-    numbers = re.findall(NUMBER, sentences[-1])
-    number = plain_number(numbers[-1].rstrip(".,")) if numbers else None
+    last, end = found[-1][0].lstrip(), found[-1].end()
+    if _GOES_ON.search(said[: end - len(last)]) or _GROWS.match(said[end:]):
+        return None
+    number = plain_number(last.rstrip(".,"))
     if number is None:
         return None
     return {"question": row.get("question"), "solution": text, "answer": number}

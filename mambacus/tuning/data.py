@@ -24,7 +24,7 @@ from mambacus.runtime.errors import UserError
 from mambacus.tuning.converters import CONVERTERS, converter_for
 from mambacus.tuning.overlap import OverlapFilter
 from mambacus.tuning.rows import NumberedRow, file_rows, hub_rows, is_file_source
-from mambacus.tuning.schemas import Example, examples_of
+from mambacus.tuning.schemas import EMPTY_TURN, Example, examples_of
 
 __all__ = ["IGNORED", "Example", "LeftOut", "Sample", "encode", "encode_stream", "iterate_examples", "read_examples"]
 
@@ -61,7 +61,7 @@ class LeftOut:
 
     Attributes:
         dropped: reason -> rows.
-        listed: ``{row, reason, text}`` of the first `LISTED` of them.
+        listed: ``{row, reason, text}`` (``row``: file and line) of the first `LISTED` of them.
     """
 
     def __init__(self) -> None:
@@ -139,7 +139,10 @@ def _named_set(name: str, limit: int | None, data_dir: Path | None, seed: int) -
         problems: Sequence[MathProblem] = wordproblems.generate(limit, "train", seed)
     else:
         problems = load_math(data_dir, name, training_split(name), seed=seed)[:limit]
-    return (Example(qa_prompt(p.question, p.options), qa_completion(p.solution, p.answer)) for p in problems)
+    return (
+        Example(qa_prompt(p.question, p.options), qa_completion(p.solution, p.answer), where=f"{name}, row {number}")
+        for number, p in enumerate(problems, 1)
+    )
 
 
 def _converted(
@@ -148,7 +151,7 @@ def _converted(
     for where, row in rows:
         name = converter_for(convert, source, row)
         if not name:
-            yield from examples_of(row, where, tokenizer)
+            yield from examples_of(row, where, tokenizer, left_out.drop)
             continue
         plain = CONVERTERS[name](row)
         if plain is None:
@@ -205,14 +208,14 @@ def encode_stream(
     totals: Counter[str] = Counter()
     wanted = _wanted(examples, totals, ledger, drop_duplicates, overlap)
     while chunk := list(itertools.islice(wanted, CHUNK)):
-        prompts = _token_ids(tokenizer, [example.prompt for _, example in chunk])
-        completions = _token_ids(tokenizer, [example.completion for _, example in chunk])
-        for (number, example), prompt, completion in zip(chunk, prompts, completions, strict=True):
+        prompts = _token_ids(tokenizer, [example.prompt for example in chunk])
+        completions = _token_ids(tokenizer, [example.completion for example in chunk])
+        for example, prompt, completion in zip(chunk, prompts, completions, strict=True):
             ids = np.array([*prompt, *completion, eos], dtype=np.int32)
             trained_from = max(1, len(prompt)) if loss == "answer" else 1
             if len(ids) > max_length and not example.is_text:
                 reason = f"longer than {max_length} tokens"
-                ledger.drop(f"row {number}", reason, example.prompt + example.completion)
+                ledger.drop(example.where, reason, example.prompt + example.completion)
                 continue
             totals["split"] += len(ids) > max_length
             for start in range(0, len(ids), max_length):
@@ -230,7 +233,9 @@ def encode_stream(
             if too_long
             else f"no row left: {reasons}"
         )
-    unread = sum(number for reason, number in ledger.dropped.items() if reason.startswith("no final answer"))
+    unread = sum(
+        number for reason, number in ledger.dropped.items() if reason.startswith(("no final answer", EMPTY_TURN))
+    )
     counts |= {
         "rows": totals["rows"] + unread,
         "kept": totals["kept"],
@@ -250,10 +255,10 @@ def _wanted(
     ledger: LeftOut,
     drop_duplicates: bool,
     overlap: OverlapFilter | None,
-) -> Iterator[tuple[int, Example]]:
-    """Yield the examples to tokenise with their numbers; count all, leave out what is not wanted."""
+) -> Iterator[Example]:
+    """Yield the examples to tokenise; count all, leave out what is not wanted."""
     seen: set[int] = set()
-    for number, example in enumerate(examples, 1):
+    for example in examples:
         totals["rows"] += 1
         totals["without_answer_line"] += ANSWER_MARK not in example.completion
         text = example.prompt + example.completion
@@ -262,15 +267,15 @@ def _wanted(
         repeated = key in seen
         seen.add(key)
         if found:
-            ledger.drop(f"row {number}", f"overlaps {found}", text)
+            ledger.drop(example.where, f"overlaps {found}", text)
             continue
         if repeated:
             totals["duplicates"] += 1
             if drop_duplicates:
-                ledger.drop(f"row {number}", "repeated", text)
+                ledger.drop(example.where, "repeated", text)
                 continue
-            ledger.note(f"row {number}", "repeated, kept", text)
-        yield number, example
+            ledger.note(example.where, "repeated, kept", text)
+        yield example
 
 
 def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -10,9 +10,9 @@ from torch import nn
 
 from mambacus.models import MambaLM
 from mambacus.models.mamba import MambaMixer
-from mambacus.models.ssm_adapters import SSM_METHODS, attach
+from mambacus.models.ssm_adapters import SSM_METHODS, attach, checked_options
 from mambacus.runtime.errors import UserError, suggest
-from mambacus.tuning.peft_methods import PEFT_METHODS, attach_peft
+from mambacus.tuning.peft_methods import PEFT_METHODS, attach_peft, configuration
 
 Rates = tuple[tuple[float, float], ...]
 _ANY = float("inf")
@@ -102,6 +102,17 @@ class Method:
             if isinstance(module, MambaMixer):
                 module.recomputes = not any(p.requires_grad for p in module.x_proj.parameters())
         return attached
+
+    def check(self, settings: AdapterSettings) -> None:
+        """Check what `attach` checks of ``settings`` without a model.
+
+        Raises:
+            UserError: a setting the method does not have.
+        """
+        if self.kind == "ssm":
+            checked_options(self.name, _ssm_options(self.name, settings))
+        elif self.kind == "peft":
+            configuration(PEFT_METHODS[self.peft or self.name], self._keys(settings))
 
     def _keys(self, settings: AdapterSettings) -> dict[str, Any]:
         """Return PEFT's configuration keys for ``settings``."""

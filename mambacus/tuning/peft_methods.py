@@ -100,20 +100,15 @@ def attach_peft(model: MambaLM, method: PeftMethod, targets: tuple[str, ...], ke
         UserError: a target or key that does not exist, or a value PEFT refuses for a module's shape.
     """
     from peft import LoraConfig, get_peft_model
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.utils.peft_types import PeftType
 
     from mambacus.models.conv_lora import CausalConvLora
     from mambacus.tuning.lora import TrainedLoraLinear
     from mambacus.tuning.merge import untie
 
-    config_class: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.peft_type)]
+    config_class, given = configuration(method, keys)
     modules = resolve_targets(model, targets, method.kinds)
     if method.moves_base and "lm_head" in modules and model.config.tie_embeddings:
         untie(model)  # or the embedding would lose the part that is taken out of the head
-    given = {**method.keys, **checked_keys(config_class, keys)}
-    if config_class is LoraConfig:
-        check_initialisation(method, given.get("init_lora_weights", True))
     try:
         config = config_class(target_modules=modules, task_type="CAUSAL_LM", **given)
         if isinstance(config, LoraConfig):
@@ -129,6 +124,23 @@ def attach_peft(model: MambaLM, method: PeftMethod, targets: tuple[str, ...], ke
         _check_difference(attached, initial.tensors)
         attached.register_module(INIT_TENSORS, initial)
     return attached
+
+
+def configuration(method: PeftMethod, keys: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return PEFT's configuration class for a method and the keys to make one with, ``keys`` over the method's own.
+
+    Raises:
+        UserError: a key that does not exist, or a start that the method does not have.
+    """
+    from peft import LoraConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils.peft_types import PeftType
+
+    config_class: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.peft_type)]
+    given = {**method.keys, **checked_keys(config_class, keys)}
+    if config_class is LoraConfig:
+        check_initialisation(method, given.get("init_lora_weights", True))
+    return config_class, given
 
 
 def checked_keys(config_class: type, keys: Mapping[str, Any]) -> dict[str, Any]:

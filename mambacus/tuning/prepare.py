@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mambacus.data.sources import MATH_SPLITS, load_math
+from mambacus.models.tokenizer import byte_tokenizer
 from mambacus.runtime.errors import UserError, suggest
 from mambacus.tuning.data import LeftOut, Sample, encode_stream, iterate_examples
 from mambacus.tuning.overlap import OverlapFilter
@@ -51,7 +53,7 @@ class Prepared:
         samples: in the order of their rows.
         lengths: tokens of each.
         counts: for the record.
-        content: 16 digits that differ when any token differs.
+        content: 16 digits that differ when any token does, or where a sample ends or from where it is trained on.
         highest: largest token id.
         listed: rows that were left out, repeated or cut: ``{row, reason, text}``.
     """
@@ -70,9 +72,8 @@ def prepare(settings: DataSettings, tokenizer: Any) -> Prepared:
     Raises:
         UserError: as `iterate_examples` and `encode_stream`; an unknown evaluation set.
     """
-    overlap = None
-    if settings.against:
-        overlap = OverlapFilter(evaluation_texts(settings.against, settings.data_dir))
+    texts = evaluation_texts(settings.against, settings.data_dir)
+    overlap = OverlapFilter(texts) if texts else None
     left_out = LeftOut()
     notes: dict[str, Any] = {"counts": {}, "content": "", "highest": 0, "listed": left_out.listed}
     samples: Sequence[Sample]
@@ -81,12 +82,28 @@ def prepare(settings: DataSettings, tokenizer: Any) -> Prepared:
         samples = list(encoded)
         lengths = [len(sample) for sample in samples]
     else:
-        about = [settings.max_length, settings.loss, settings.drop_duplicates, settings.against]
-        key = content_key(_examples(settings, tokenizer, LeftOut()), tokenizer, about)
+        about = [settings.max_length, settings.loss, settings.drop_duplicates, texts]
+        unread = LeftOut()  # the counts that stand beside the tokens are of these rows too
+        key = content_key(_examples(settings, tokenizer, unread), tokenizer, about, unread)
         found = find(settings.cache, key)
         stored, notes = found or (store(settings.cache, key, encoded, notes), notes)
         samples, lengths = stored, stored.lengths
     return Prepared(samples, lengths, notes["counts"], notes["content"], notes["highest"], notes["listed"])
+
+
+def check_source(settings: DataSettings) -> None:
+    """Read the first row and the evaluation sets, to refuse early what `prepare` would refuse for them.
+
+    Raises:
+        UserError: as `prepare`, if it is for these.
+    """
+    evaluation_texts(settings.against, settings.data_dir)
+    first = dataclasses.replace(settings, source="wordproblems:1") if _is_generated(settings.source) else settings
+    next(_examples(first, byte_tokenizer(), LeftOut()))
+
+
+def _is_generated(source: str) -> bool:
+    return re.fullmatch(r"wordproblems:0*[1-9]\d*", source) is not None
 
 
 def _examples(settings: DataSettings, tokenizer: Any, left_out: LeftOut) -> Iterator[Example]:
@@ -110,6 +127,7 @@ def _noted(
         examples, tokenizer, notes["counts"], max_length=settings.max_length, loss=settings.loss,
         drop_duplicates=settings.drop_duplicates, overlap=overlap, left_out=left_out,
     ):  # fmt: skip
+        content.update(f"{len(sample)} {sample.trained_from} ".encode())
         content.update(sample.ids.tobytes())
         notes["highest"] = max(notes["highest"], int(sample.ids.max()))
         yield sample

@@ -12,6 +12,7 @@ from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import read_jsonl
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_LONGEST_FIELD = 2**31 - 1  # characters; csv's own limit, 131,072, is less than a long text
 NumberedRow = tuple[str, dict[str, Any]]  # where it stands, for messages; the row
 
 
@@ -31,10 +32,24 @@ def file_rows(path: Path) -> Iterator[NumberedRow]:
         return _csv_rows(path, "\t" if path.suffix == ".tsv" else ",")
     if path.suffix == ".parquet":
         return _parquet_rows(path)
+    if path.suffix == ".json" and _is_array(path):
+        raise UserError(
+            f"{path}: expected one JSON object a line, got an array; put each element on a line of a .jsonl file "
+            f"(jq -c '.[]' {path.name})"
+        )
     return ((f"{path}, line {number}", row) for number, row in read_jsonl(path))
 
 
+def _is_array(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    except OSError:
+        return False  # whoever reads it says why it cannot be read
+
+
 def _csv_rows(path: Path, delimiter: str) -> Iterator[NumberedRow]:
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=delimiter, strict=True)

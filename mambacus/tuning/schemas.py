@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mambacus.data.prompts import qa_completion, qa_prompt
@@ -15,6 +15,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 ROLES = ("system", "user", "assistant", "tool")
+EMPTY_TURN = "empty turn of the assistant"
 _EXPECTED = "a row needs question and answer; prompt and completion; messages; or text"
 
 
@@ -26,14 +27,18 @@ class Example:
         prompt: may be empty.
         completion: is trained on.
         is_text: running text, which may be cut into pieces where it is too long.
+        where: file and line, for listings; no part of what makes two examples equal.
     """
 
     prompt: str
     completion: str
     is_text: bool = False
+    where: str = dataclasses.field(default="", compare=False, repr=False)
 
 
-def examples_of(row: dict[str, Any], where: str, tokenizer: Any = None) -> Iterator[Example]:
+def examples_of(
+    row: dict[str, Any], where: str, tokenizer: Any = None, drop: Callable[[str, str, str], None] | None = None
+) -> Iterator[Example]:
     """Yield the examples of one row; a conversation gives one for each turn of the assistant, the rest yield one.
 
     Args:
@@ -41,6 +46,7 @@ def examples_of(row: dict[str, Any], where: str, tokenizer: Any = None) -> Itera
             list of ``role`` and ``content``); ``text``.
         where: file and line, for messages.
         tokenizer: has the chat template for ``messages``; without one `CHAT_TEMPLATE` is used.
+        drop: told place, reason and text of a turn of the assistant that is empty, which is not trained on.
 
     Raises:
         UserError: none of the schemas, or a value of the wrong type.
@@ -48,13 +54,18 @@ def examples_of(row: dict[str, Any], where: str, tokenizer: Any = None) -> Itera
     if "question" in row or "answer" in row:
         yield _question(row, where)
     elif "messages" in row:
-        yield from _conversation(row["messages"], where, tokenizer)
+        yield from _conversation(row["messages"], where, tokenizer, drop)
     elif "prompt" in row or "completion" in row:
         for key in ("prompt", "completion"):
             text_of(row, key, where, strip=False)
-        yield Example(row["prompt"], row["completion"])
+        yield Example(row["prompt"], row["completion"], where=where)
     elif "text" in row:
-        yield Example("", text_of(row, "text", where, strip=False), is_text=True)
+        yield Example("", text_of(row, "text", where, strip=False), is_text=True, where=where)
+    elif "conversations" in row:
+        raise UserError(
+            f"{where}: conversations of from and value are not read; rename them to messages of role and content, "
+            "human to user and gpt to assistant"
+        )
     else:
         raise UserError(f"{where}: missing key 'question'; {_EXPECTED}, got {', '.join(row) or 'no keys'}")
 
@@ -65,22 +76,46 @@ def _question(row: dict[str, Any], where: str) -> Example:
     solution = text_of(row, "solution", where) if row.get("solution") is not None else None
     prompt = qa_prompt(question, read_options(row, answer, where))
     if solution is None and len(answer.split()) > 1:  # the worked answer itself, as in GSM8K's own files
-        return Example(prompt, f" {answer}")
-    return Example(prompt, qa_completion(solution, answer))
+        return Example(prompt, f" {answer}", where=where)
+    return Example(prompt, qa_completion(solution, answer), where=where)
 
 
-def _conversation(messages: Any, where: str, tokenizer: Any) -> Iterator[Example]:
+def _conversation(
+    messages: Any, where: str, tokenizer: Any, drop: Callable[[str, str, str], None] | None
+) -> Iterator[Example]:
+    messages = _with_joined_parts(messages)
     fault = _message_fault(messages)
     if fault:
         raise UserError(f"{where}: messages: {fault}")
     template = getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
     for place, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and not message["content"].strip():
+            if drop is not None:
+                drop(where, EMPTY_TURN, f"message {place + 1} of {len(messages)}")
+        elif message["role"] == "assistant":
             prompt = _render(tokenizer, messages[:place], template, True)
             whole = _render(tokenizer, messages[: place + 1], template, False)
             if not whole.startswith(prompt):
                 raise UserError(f"{where}: the chat template rewrites the prompt once the answer follows it")
-            yield Example(prompt, whole[len(prompt) :])
+            yield Example(prompt, whole[len(prompt) :], where=where)
+
+
+def _with_joined_parts(messages: Any) -> Any:
+    """Return the messages with contents that are lists of text parts, as OpenAI's interface has them, as one text."""
+    if not isinstance(messages, (list, tuple)):
+        return messages
+    return [
+        message | {"content": "".join(part["text"] for part in message["content"])}
+        if isinstance(message, dict) and _are_texts(message.get("content"))
+        else message
+        for message in messages
+    ]
+
+
+def _are_texts(content: Any) -> bool:
+    return isinstance(content, (list, tuple)) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+    )
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], template: str, asks: bool) -> str:
@@ -95,7 +130,9 @@ def _message_fault(messages: Any) -> str | None:
         return f"expected a list of role and content, got {messages!r:.60}"
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            return f"message {number}: expected role and content, both text"
+            is_null = isinstance(message, dict) and message.get("content", "") is None
+            hint = "; leave messages whose content is null out, such as calls of tools" if is_null else ""
+            return f"message {number}: expected role and content, both text (or a list of text parts){hint}"
         if message.get("role") not in ROLES:
             return f"message {number}: role: expected one of {', '.join(ROLES)}, got {message.get('role')!r}"
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):

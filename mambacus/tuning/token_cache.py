@@ -13,10 +13,10 @@ from typing import Any, overload
 import numpy as np
 
 from mambacus.runtime.errors import UserError
-from mambacus.tuning.data import Sample
+from mambacus.tuning.data import LeftOut, Sample
 from mambacus.tuning.schemas import Example
 
-VERSION = 1  # of the files; a change makes old ones unfindable
+VERSION = 2  # of the files; a change makes old ones unfindable
 _TOKENS, _INDEX, _NOTES = "tokens.int32", "index.npy", "notes.json"
 
 
@@ -56,11 +56,19 @@ class StoredSamples(Sequence[Sample]):
         return lengths
 
 
-def content_key(examples: Iterable[Example], tokenizer: Any, settings: Any) -> str:
-    """Return a name for what `store` would write: equal examples, tokenizer and settings give equal names."""
+def content_key(examples: Iterable[Example], tokenizer: Any, settings: Any, left_out: LeftOut) -> str:
+    """Return a name for what `store` would write.
+
+    Args:
+        examples: consumed; each counts with the place that it is from, which listings name.
+        tokenizer: as `encode_stream` takes it.
+        settings: JSON values that tokens depend on.
+        left_out: what the examples' conversion has left out once they are through.
+    """
     content = hashlib.sha256()
     for example in examples:
-        content.update(repr(example).encode("utf-8", "surrogatepass"))
+        content.update(f"{example!r} {example.where!r}".encode("utf-8", "surrogatepass"))
+    content.update(repr((sorted(left_out.dropped.items()), left_out.listed)).encode("utf-8", "surrogatepass"))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content.update((backend.to_str() if backend is not None else repr(tokenizer)).encode())
     content.update(json.dumps([VERSION, settings], sort_keys=True, default=str).encode())

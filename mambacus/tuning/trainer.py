@@ -23,13 +23,14 @@ from mambacus.runtime.device import has_bfloat16
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.graphs import CudaRecorder
 from mambacus.runtime.memory import PeakMemory
-from mambacus.tuning import frozen, graphs, processes, sharding
+from mambacus.tuning import frozen, graphs, processes, sharding, spikes
 from mambacus.tuning.audit import FrozenCheck, GradientAudit, TrainingStoppedError, first_bad_module, trainable
 from mambacus.tuning.checkpoints import STAGING, newest_checkpoint, read_notes, write_checkpoint
 from mambacus.tuning.optimiser import parameter_groups, rate_factor
 from mambacus.tuning.packing import PADDING_VALUES, PlannedBatches
 from mambacus.tuning.peft_methods import base_of
 from mambacus.tuning.progress import Progress, tensorboard
+from mambacus.tuning.spikes import SpikeStop
 
 _WEIGHTS = "trainable.safetensors"
 _HISTORY_POINTS = 1000
@@ -51,6 +52,7 @@ class Settings:
         warmup: share of the steps in which the rate rises.
         clip: largest gradient norm.
         cuda_graph: whether passes are recorded as CUDA graphs: ``auto``, ``on`` or ``off``.
+        spike_stop: stop where the loss leaps and stays up, as `spikes` says.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class Settings:
     warmup: float = 0.03
     clip: float = 1.0
     cuda_graph: str = "auto"
+    spike_stop: bool = True
 
 
 def choose_autocast(dtype: str, device: torch.device) -> torch.dtype | None:
@@ -113,14 +116,15 @@ def train(
         lists them.
 
     Raises:
-        TrainingStoppedError: a trainable tensor takes no part, or the loss or a gradient is not finite.
+        TrainingStoppedError: a trainable tensor takes no part, the loss or a gradient is not finite, or the loss leaps
+            and stays up.
         UserError: a checkpoint cannot be written or read.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise TypeError(f"{name} is trained in {parameter.dtype}; master weights are float32")
     checkpoint = newest_checkpoint(settings.folder / "checkpoints") if resume else None
-    earlier = read_notes(checkpoint)["seconds"] if checkpoint else 0.0
+    earlier = read_notes(checkpoint) if checkpoint else {}
     trainer = MambaTrainer(model, data, settings, quiet_first, rate_of, earlier)
     unchanged = FrozenCheck(model)
     memory = PeakMemory(settings.device)
@@ -193,17 +197,19 @@ class MambaTrainer(Trainer):
         settings: Settings,
         quiet_first: Callable[[str], bool],
         rate_of: Callable[[str], float],
-        earlier_seconds: float,
+        earlier: dict[str, Any],
     ) -> None:
         self.settings = settings
         self._rate_of = rate_of
-        self._earlier_seconds = earlier_seconds
+        self._earlier_seconds = float(earlier.get("seconds", 0.0))
         self._started = 0.0
         self.learner = Learner(model, settings.autocast)
         self._checkpoints = settings.folder / "checkpoints"
         self._staging: Path | None = None
         self._whole: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None  # weights and optimiser, to be saved
         self._audit = GradientAudit(model, quiet_first)
+        self._watch = SpikeStop(self._audit, earlier.get("losses", ()))
+        self._step_loss: torch.Tensor | None = None  # of the micro-batches of this step so far
         self._graph = graphs.choose(settings.cuda_graph, model, settings.device)
         self._passes: graphs.Passes | None = None
         self._casts = frozen.choose(model, settings.device, settings.autocast)
@@ -213,7 +219,7 @@ class MambaTrainer(Trainer):
             args=_arguments(settings, data.plan.steps),
             train_dataset=data,
             data_collator=_only_item,
-            callbacks=[self._audit, Progress(data), tensorboard(settings.folder)],
+            callbacks=[self._audit, self._watch, Progress(data), tensorboard(settings.folder)],
         )
         self.remove_callback(PrinterCallback)
 
@@ -281,7 +287,7 @@ class MambaTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run forward and backward; stop before the update if the loss is not finite.
+        """Run forward and backward; stop before the update if the loss is not finite, or leapt and stays up.
 
         The steps that the audit looks at closely run as they are, those after them from recordings if that was chosen.
         """
@@ -292,16 +298,51 @@ class MambaTrainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         bad = ~loss.isfinite()
         if sharding.anywhere(bad) if processes.is_sharded() else bad:
-            batch = self._prepare_inputs(inputs)
-            seen = [(loss.item(), first_bad_module(self.learner.model, lambda: self.learner(**batch)))]
+            seen = [(loss.item(), self._first_bad_module(inputs))]
             seen = processes.gather(seen[0]) if processes.is_sharded() else seen
             value, where = next(pair for pair in seen if not math.isfinite(pair[0]))
-            last = newest_checkpoint(self._checkpoints)
             raise TrainingStoppedError(
-                f"step {self.state.global_step + 1}: the loss is {value}, first seen in {where}; "
-                f"{f'{last} is kept' if last else 'no checkpoint was written yet'}"
+                f"step {self.state.global_step + 1}: the loss is {value}, first seen in {where}; {self._kept()}"
             )
+        if self.settings.spike_stop:
+            self._look_at(loss, inputs)
         return loss
+
+    def _look_at(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Add up the loss of the step; at its last micro-batch, stop the run if the loss leapt and stays up."""
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        if not self.accelerator.sync_gradients:
+            return
+        value, self._step_loss = spikes.step_loss(self._step_loss), None
+        watch = self._watch.losses
+        if not watch.see(value):
+            return
+        step = self.state.global_step + 1
+        first = step - len(watch.suspect) + 1
+        found = processes.gather(self._first_bad_module(inputs))
+        where = next((name for name in found if not name.startswith("no module")), None)
+        grown = self._watch.named()
+        if where:
+            named = f"a number that is not finite is first seen in {where}"
+        elif grown:
+            named = f"all numbers are finite; whose share of the gradient grew most at step {first} is {grown}"
+        else:
+            named = "all numbers are finite and no module can be named"
+        raise TrainingStoppedError(
+            f"step {step}: the loss is {value:.3g} and has been far above {watch.median:.3g}, the median before, since "
+            f"step {first}; {named}; {self._kept(first - 2)}; a lower --lr may help, --no-spike-stop goes on"
+        )
+
+    def _first_bad_module(self, inputs: dict[str, Any]) -> str:
+        batch = self._prepare_inputs(inputs)
+        return first_bad_module(self.learner.model, lambda: self.learner(**batch))
+
+    def _kept(self, most: int | None = None) -> str:
+        """Say which checkpoint is there, of at ``most`` that many steps."""
+        last = newest_checkpoint(self._checkpoints, most=most)
+        if last is not None:
+            return f"{last} is kept"
+        return "no checkpoint was written yet" if most is None else "no checkpoint was written before"
 
     def _recorded_passes(self) -> graphs.Passes:
         def run(batch: graphs.Batch) -> torch.Tensor:
@@ -339,7 +380,8 @@ class MambaTrainer(Trainer):
         folder, problem = self._checkpoints, ""
         try:
             if processes.is_main():
-                step, notes = self.state.global_step, {"seconds": self.seconds}
+                step = self.state.global_step
+                notes = {"seconds": self.seconds, "losses": [*self._watch.losses.usual]}
                 write_checkpoint(folder, step, notes, lambda at: self._fill(at, model, trial))
             else:  # adds its random state to what the main process writes
                 self._fill(folder / STAGING, model, trial)

@@ -96,6 +96,21 @@ def _nan() -> Iterator[None]:
     yield from _attached(change)
 
 
+def _spike() -> Iterator[None]:
+    """On the last process, what the head reads leaps at the fifteenth step."""
+    calls = []
+
+    def leap(module: Any, args: Any, output: Any) -> Any:
+        calls.append(1)
+        return (output[0] * (1e3 if len(calls) > 14 else 1.0), *output[1:])
+
+    def change(model: Any) -> None:
+        if _is_last():
+            model.backbone.norm_f.register_forward_hook(leap)
+
+    yield from _attached(change)
+
+
 def _cut() -> Iterator[None]:
     """No gradient reaches a matrix."""
 
@@ -163,7 +178,7 @@ def _full_elsewhere() -> Iterator[None]:
 
 
 SABOTAGES = {
-    "nan": _nan, "cut": _cut, "forgotten": _forgotten, "thawed": _thawed, "full": _full,
+    "nan": _nan, "spike": _spike, "cut": _cut, "forgotten": _forgotten, "thawed": _thawed, "full": _full,
     "full elsewhere": _full_elsewhere,
 }  # fmt: skip
 

@@ -47,6 +47,7 @@ def test_every_format_gives_the_same_examples(tmp_path: Path) -> None:
         ("a.csv", 'question,answer\n"q,5\n', "not valid CSV"),
         ("a.csv", "question\nq\n", "line 2: missing key 'answer'"),
         ("a.csv", "", "no rows"),
+        ("a.json", ' [\n{"question": "q", "answer": "1"}]', "got an array; put each element on a line"),
         ("a.parquet", "no parquet", "not a Parquet file"),
     ],
 )
@@ -55,6 +56,12 @@ def test_a_broken_file_is_one_line(tmp_path: Path, name: str, content: str, word
     with pytest.raises(UserError) as error:
         read_examples(str(tmp_path / name))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_long_text_in_a_column_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\n" + "word " * 60_000 + "\n")
+    (example,) = read_examples(str(tmp_path / "a.csv"))
+    assert len(example.completion) == 300_000
 
 
 def test_prompt_and_completion_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -82,6 +89,7 @@ def test_each_turn_of_the_assistant_is_trained_on(tmp_path: Path) -> None:
         ("hello", "expected a list of role and content"),
         ([{"role": "user", "content": "hi"}], "no turn of the assistant"),
         ([{"role": "robot", "content": "hi"}], "message 1: role: expected one of system, user, assistant, tool"),
+        ([{"role": "user", "content": None}], "leave messages whose content is null out"),
         ([{"role": "user"}], "message 1: expected role and content"),
     ],
 )
@@ -89,6 +97,32 @@ def test_a_broken_conversation_is_named(tmp_path: Path, messages: Any, words: st
     with pytest.raises(UserError) as error:
         list(iterate_examples(jsonl(tmp_path / "a.jsonl", {"messages": messages}), tokenizer=byte_tokenizer()))
     assert "line 1" in str(error.value) and words in str(error.value)
+
+
+def test_an_empty_turn_is_left_out_and_listed(tmp_path: Path) -> None:
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "more"), ("assistant", " ")]
+    source = jsonl(tmp_path / "a.jsonl", {"messages": [{"role": role, "content": content} for role, content in turns]})
+    prepared = prepare(DataSettings(source), byte_tokenizer())
+    assert (prepared.counts["rows"], prepared.counts["kept"]) == (2, 1)
+    assert prepared.counts["dropped"] == {"empty turn of the assistant": 1}
+    assert prepared.listed[0]["row"].endswith("line 1")
+
+
+def test_text_parts_are_joined(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "yes"}
+    parts = [{"type": "text", "text": "2 + 2"}, {"type": "text", "text": "?"}]
+    rows = [{"messages": [{"role": "user", "content": content}, answer]} for content in (parts, "2 + 2?")]
+    one, other = read_examples_with(jsonl(tmp_path / "a.jsonl", *rows))
+    assert one == other
+
+
+def read_examples_with(source: str) -> list[Example]:
+    return list(iterate_examples(source, tokenizer=byte_tokenizer()))
+
+
+def test_conversations_of_another_form_are_told_the_fix(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"line 1: conversations .* rename them to messages"):
+        read_examples(jsonl(tmp_path / "a.jsonl", {"conversations": [{"from": "human", "value": "hi"}]}))
 
 
 def test_running_text_is_cut_and_all_of_it_is_trained_on(tmp_path: Path) -> None:
@@ -127,6 +161,33 @@ def test_converters_give_the_final_answer(name: str, row: Any, question: str, so
     assert found is not None
     assert (found["question"], found["solution"], found["answer"]) == (question, solution, answer)
     assert converter_for("auto", "", row) == (name if name in ("metamath", "aqua", "mathqa") else "")
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("He needs 3-5 apples.", None),
+        ("He needs 3 to 5 apples.", None),
+        ("So x=10-7.", None),
+        ("So 10 - 7 = 3.", "3"),
+        ("It is 1 3/4 cups.", None),
+        ("It is 3/4 cups.", "3/4"),
+        ("The ratio is 3:2.", None),
+        ("The answer is 2.5 x 10^3", None),
+        ("It took 2 hours and 30 minutes.", None),
+        ("It took 5 hours 30 minutes.", None),
+        ("It costs 2.5 million dollars.", None),
+        ("It costs 5 dollars. Great!", None),
+        ("It costs 5 dollars.", "5"),
+        ("Thus x = -7.", "-7"),
+        ("The answer is -7.", "-7"),
+        ("The answer is $1,250.50.", "1250.5"),
+        ("Therefore, 25% of 80 is 20.", "20"),
+    ],
+)
+def test_a_final_answer_in_prose_is_read_or_left_out_but_not_guessed(said: str, answer: str | None) -> None:
+    found = CONVERTERS["orca-math"]({"question": "q", "answer": f"First 2 + 2 = 4.\n{said}"})
+    assert (found and found["answer"]) == answer
 
 
 def test_options_keep_their_texts() -> None:
@@ -182,7 +243,9 @@ def test_thirteen_shared_words_leave_a_row_out() -> None:
 
 def test_overlapping_and_repeated_rows_are_counted_and_listed() -> None:
     asked = "one two three four five six seven eight nine ten eleven twelve thirteen"
-    examples = [Example("a", "b"), Example("a", "b"), Example(asked, " c")]
+    examples = [
+        Example(*text, where=f"a.jsonl, line {line}") for line, text in ((2, "ab"), (5, "ab"), (9, (asked, " c")))
+    ]
     for drop, kept in ((False, 2), (True, 1)):
         left_out, counts = LeftOut(), dict[str, Any]()
         samples = list(
@@ -192,7 +255,7 @@ def test_overlapping_and_repeated_rows_are_counted_and_listed() -> None:
         assert len(samples) == kept
         assert counts["duplicates"] == 1
         assert counts["dropped"] == {"overlaps gsm8k": 1} | ({"repeated": 1} if drop else {})
-        assert [entry["row"] for entry in left_out.listed] == ["row 2", "row 3"]
+        assert [entry["row"] for entry in left_out.listed] == ["a.jsonl, line 5", "a.jsonl, line 9"]
 
 
 def test_no_word_problem_of_training_is_in_a_test_set() -> None:
@@ -225,6 +288,36 @@ def test_the_cache_gives_what_was_tokenised(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(AssertionError, match="tokenised again"):
         prepare(DataSettings("wordproblems:41", max_length=600, cache=cache), byte_tokenizer())
     assert len([*cache.iterdir()]) == 1  # what failed left nothing
+
+
+@pytest.mark.parametrize("alike", [2, 1], ids=["dropped", "places"])
+def test_the_cache_gives_no_other_files_counts(tmp_path: Path, alike: int) -> None:
+    """Two files of equal examples, one with rows that no answer can be read from, or with one line more between."""
+    good = [{"query": f"What is {n}?", "response": f"The answer is: {n}"} for n in (1, 2, 2)]
+    bad = {"query": "bad one", "response": "no idea"}
+    one, other = jsonl(tmp_path / "a.jsonl", *good), jsonl(tmp_path / "b.jsonl", *[bad] * alike, *good)
+    cached = [prepare(DataSettings(source, cache=tmp_path / "cache"), byte_tokenizer()) for source in (one, other)]
+    plain = [prepare(DataSettings(source), byte_tokenizer()) for source in (one, other)]
+    assert [(found.counts, found.listed) for found in cached] == [(found.counts, found.listed) for found in plain]
+    assert plain[0].counts["rows"] == 3 and plain[1].counts["rows"] == 3 + alike
+    assert plain[1].listed[-1]["row"] == f"{other}, line {3 + alike}"
+
+
+def test_the_cache_knows_the_texts_of_evaluation_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"question": f"How many of the {n} old dogs ran home today?", "answer": "1"} for n in (1, 2)]
+    settings = DataSettings(jsonl(tmp_path / "a.jsonl", *rows), against=("gsm8k",), cache=tmp_path / "cache")
+    for number in (1, 2):
+        texts = [("gsm8k", f"How many of the {number} old dogs ran home today?")]
+        monkeypatch.setattr("mambacus.tuning.prepare.evaluation_texts", lambda *a, texts=texts: texts)
+        (listed,) = prepare(settings, byte_tokenizer()).listed
+        assert listed["row"].endswith(f"line {number}")
+
+
+def test_the_content_of_a_run_knows_from_where_samples_are_trained_on(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", {"prompt": "abc", "completion": "def"})
+    moved = jsonl(tmp_path / "b.jsonl", {"prompt": "ab", "completion": "cdef"})
+    one, other = (prepare(DataSettings(path), byte_tokenizer()) for path in (source, moved))
+    assert one.lengths == other.lengths and one.content != other.content
 
 
 def test_rows_are_read_and_tokenised_as_they_are_needed(tmp_path: Path) -> None:

@@ -117,6 +117,18 @@ def test_the_parts_may_be_unequal(alone: Path, sums_file: Path, tmp_path: Path) 
         same(alone / name, tmp_path / name)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_loss_that_leaps_on_one_process_stops_all(sums_file: Path, tmp_path: Path, sharded: bool) -> None:
+    out = tmp_path / "spike"
+    changes = {"method": "full", "max_steps": 24, "lr": 1e-5, "save_every": 13, "sabotage": "spike"}
+    launch(2, [job(out, sums_file, **changes)], sharded=sharded)
+    said = errors(out, 2)
+    assert said[0] == said[1] and re.match(r"step 22: the loss is .* since step 15; .* is backbone", said[0]), said
+    assert "checkpoint-13 is kept" in said[0]
+
+
 def cut_short(run: Path, copy: Path) -> Path:
     """Copy a run as a kill after step 2 would have left it."""
     shutil.copytree(run, copy)
