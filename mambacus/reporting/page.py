@@ -21,7 +21,7 @@ from mambacus.reporting.scores import Scores
 from mambacus.reporting.sections import Section, sections
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.summary import Card, agreement, cards, headline, notices
-from mambacus.reporting.table import Table
+from mambacus.reporting.table import Cell, Table
 from mambacus.reporting.tables import comparison_table, environment_table, record_table
 from mambacus.reporting.undrawn import mentioned, undrawn_table
 
@@ -163,7 +163,8 @@ def _drawn(radars: Sequence[Radar], views: Sequence[PairView], found: Sequence[S
     tables = [one.values for one in radars] + [view.table for view in views]
     tables += [table for section in found for table in section.tables]
     plotted = {number for section in found for figure in section.figures for number in figure.numbers}
-    return mentioned(cell for table in tables for row in table.rows for cell in row) | plotted
+    headings = {number for table in tables if table.rows for number in mentioned(map(Cell, table.columns))}
+    return mentioned(cell for table in tables for row in table.rows for cell in row) | headings | plotted
 
 
 def _colours(lineup: Lineup) -> dict[str, int]:
