@@ -105,6 +105,8 @@ def main(argv: Sequence[str]) -> None:
     if results["comparisons"]:
         print(paired_text(results["comparisons"]) + "\n")
     print(f"{len(results['sources'])} records, {len(results['comparisons'])} paired comparisons")
+    for notice in results["notices"]:
+        print(f"notice: {notice}")
     for figure in results["figures"]:
         print(f"figure: {figure}")
     if config.tables is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,14 +102,12 @@ def _speed_row(one: Timing, slowest: float | None) -> list[Cell | str]:
         return [*head, Cell(str(row["error"]), style="error"), *[""] * 7, str(row.get("device", ""))]
     samples = [float(ms) for ms in row.get("samples_ms", [])]
     spread = f"{fixed(min(samples), ',.1f')} to {fixed(max(samples), ',.1f')}, {len(samples)} runs" if samples else ""
-    ratio = float(row["tokens_per_second"]) / slowest if slowest else None
+    ratio = finite(float(row["tokens_per_second"]) / slowest) if slowest else None
     return [
         *head,
         Cell(milliseconds(row["median_ms"]), spread),
         rate(row["tokens_per_second"]),
-        Cell("–")
-        if ratio is None or not math.isfinite(ratio)
-        else Cell(f"{ratio:.2f} ×", style="best" if ratio > 1 else ""),
+        Cell("–") if ratio is None else Cell(f"{ratio:.2f} ×", style="best" if ratio > 1 else ""),
         size(row.get("peak_memory_bytes")),
         size(row.get("state_bytes")),
         count(row.get("flops")),
