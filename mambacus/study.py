@@ -224,9 +224,8 @@ def print_plan(recipe: Recipe, plan: Plan) -> None:
         known = sum(megabytes or 0.0 for megabytes in sets.values())
         unknown = sum(megabytes is None for megabytes in sets.values())
         more = f" and {unknown} of unknown size" if unknown else ""
-        say(
-            f"data in all: about {known / 1000:.2f} GB{more}; sizes are approximate; with --data-dir DIR from local files"
-        )
+        total = f"about {known / 1000:.2f} GB{more}"
+        say(f"data in all: {total}; sizes are approximate; with --data-dir DIR from local files")
 
 
 def _megabytes(value: float | None) -> str:
