@@ -69,8 +69,9 @@ def run(config: Config) -> Record:
         "notices": list(page.notices),
         "page_bytes": len(html),
         "published": [
-            {"label": label, "task": task, "metric": metric, "value": value, "source": page.published.source}
-            for (label, task, metric), value in page.published.values.items()
+            {"label": label, "task": task, "metric": metric, "value": value, "source": page.published.origins[key]}
+            for key, value in page.published.values.items()
+            for label, task, metric in [key]
         ],
         "figures": [str(figure) for figure in figures],
         "tables": [str(table) for table in tables],
