@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mambacus.bench_plan import WHAT, fill, idle, plan
+from mambacus.bench_plan import WHAT, fill, idle, plan, told
 from mambacus.measuring.cases import DTYPES, IMPLEMENTATIONS, LOGITS, METHODS
 from mambacus.measuring.shapes import MATCHED
 from mambacus.runtime.config import check, opt, parse
@@ -44,7 +44,7 @@ class Config:
     )
     out: Path = opt(help="the JSON record to write", metavar="FILE.json")
     model: str | None = opt(
-        None, "published Mamba shape with random weights (default: 130m; eval: tiny itself)", choices=SIZES
+        None, f"published Mamba shape with random weights, for eval tiny itself ({told('model')})", choices=SIZES
     )
     implementations: tuple[str, ...] = opt(
         (),
@@ -55,18 +55,21 @@ class Config:
     )
     dtypes: tuple[str, ...] = opt(
         (),
-        "float32, bfloat16, float16, mixed (for train: float32 weights, bfloat16 autocast), int8, int4",
+        "float32, bfloat16, float16, mixed (for train: float32 weights, bfloat16 autocast), int8, int4 "
+        f"({told('dtypes')})",
         choices=DTYPES,
     )
     batches: tuple[int, ...] = opt((1,), "rows", least=1)
-    seqlens: tuple[int, ...] = opt((), "tokens a row for prefill, train and lengths", least=1)
+    seqlens: tuple[int, ...] = opt((), f"tokens a row for prefill, train and lengths ({told('seqlens')})", least=1)
     prompts: tuple[int, ...] = opt((16,), "for decode: prompt tokens a row", least=1)
-    new_tokens: tuple[int, ...] = opt((), "for decode and lengths: one-token steps", least=1)
+    new_tokens: tuple[int, ...] = opt((), f"for decode and lengths: one-token steps ({told('new_tokens')})", least=1)
     samples: int = opt(0, "for decode: also time so many completions of one prompt", least=0)
     method: str = opt("full", "for train: the whole model, or lora of rank 16", choices=METHODS)
     logits: str = opt("last", "for prefill: logits of the last token, as generation needs, or of all", choices=LOGITS)
     modes: tuple[str, ...] = opt(
-        (), "on a GPU: eager, graph (ours: CUDA graphs; transformers: torch.compile, static cache)", choices=MODES
+        (),
+        f"on a GPU: eager, graph (ours: CUDA graphs; transformers: torch.compile, static cache) ({told('modes')})",
+        choices=MODES,
     )
     repeats: int = opt(3, "counted runs of each case", least=1)
     warmup: int = opt(1, "uncounted runs before them", least=0)

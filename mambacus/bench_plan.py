@@ -49,6 +49,20 @@ _DEFAULTS = {
 }
 
 
+def told(name: str) -> str:
+    """Return in words what a setting is unless it is given: by kind and device, those that share a value together."""
+    groups: dict[str, list[str]] = {}
+    for (what, kind), default in _DEFAULTS.items():
+        if name in COUNTS[what] | _EVERYWHERE and getattr(default, name) != getattr(Defaults(), name):
+            groups.setdefault(_words(getattr(default, name)), []).append(f"{what} on {kind}")
+    others = _words(getattr(Defaults(), name))
+    return "; ".join([f"default: {others}", *(f"{', '.join(kinds)}: {value}" for value, kinds in groups.items())])
+
+
+def _words(value: str | tuple[object, ...]) -> str:
+    return value if isinstance(value, str) else ",".join(map(str, value))
+
+
 _EVERYWHERE = {
     "what", "out", "label", "device", "threads", "dtypes", "overwrite",
     "data_dir",  # a study gives it to all of its commands

@@ -69,8 +69,9 @@ def run(config: Config) -> Record:
         "notices": list(page.notices),
         "page_bytes": len(html),
         "published": [
-            {"label": label, "task": task, "metric": metric, "value": value, "source": page.published.source}
-            for (label, task, metric), value in page.published.values.items()
+            {"label": label, "task": task, "metric": metric, "value": value, "source": page.published.origins[key]}
+            for key, value in page.published.values.items()
+            for label, task, metric in [key]
         ],
         "figures": [str(figure) for figure in figures],
         "tables": [str(table) for table in tables],
@@ -105,6 +106,8 @@ def main(argv: Sequence[str]) -> None:
     if results["comparisons"]:
         print(paired_text(results["comparisons"]) + "\n")
     print(f"{len(results['sources'])} records, {len(results['comparisons'])} paired comparisons")
+    for notice in results["notices"]:
+        print(f"notice: {notice}")
     for figure in results["figures"]:
         print(f"figure: {figure}")
     if config.tables is not None:

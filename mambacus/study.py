@@ -201,6 +201,8 @@ def print_plan(recipe: Recipe, plan: Plan) -> None:
     from rich.table import Column, Table
     from rich.text import Text
 
+    from mambacus.studies.downloads import data_sets
+
     say(f"{recipe.title}: {len(plan.steps) + 1} steps into {plan.out}", style="bold")
     say(*plan.notes)
     table = Table("#", "stage", Column("command", overflow="fold"), expand=True)
@@ -215,9 +217,19 @@ def print_plan(recipe: Recipe, plan: Plan) -> None:
         say(f"downloads from the hub unless cached: {entry.source} ({size})")
     if hub:
         say(f"downloads in all: {sum(entry.download_gb for entry in hub):.1f} GB of weights")
-    local = any(getattr(step.config, "data_dir", None) is not None for step in plan.steps)
-    if not local and any(step.verb == "evaluate" and set(step.config.tasks) - {"text_sample"} for step in plan.steps):
-        say("task documents come from the hub too; with --data-dir DIR from local files")
+    sets = data_sets(plan.steps)
+    for name, megabytes in sets.items():
+        say(f"data from the hub unless cached: {name} ({_megabytes(megabytes)})")
+    if sets:
+        known = sum(megabytes or 0.0 for megabytes in sets.values())
+        unknown = sum(megabytes is None for megabytes in sets.values())
+        more = f" and {unknown} of unknown size" if unknown else ""
+        total = f"about {known / 1000:.2f} GB{more}"
+        say(f"data in all: {total}; sizes are approximate; with --data-dir DIR from local files")
+
+
+def _megabytes(value: float | None) -> str:
+    return "size not known" if value is None else f"about {value:g} MB"
 
 
 def main(argv: Sequence[str]) -> None:

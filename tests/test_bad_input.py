@@ -287,6 +287,8 @@ def test_a_folder_of_another_run_is_kept(fails: Callable[..., str], tmp_path: Pa
         (("pretrain", "--data-dir", "{tmp}", "--out", "{tmp}/p"), "missing books_train_1.jsonl.gz"),
         (("pretrain", "--data-dir", "{tmp}", "--out", "{tmp}/p", "--steps", "0"), "--steps: expected 1 or more"),
         (("bench", "trian", "--out", "{tmp}/b.json"), "did you mean 'train'"),
+        (("bench", "prefil"), "got 'prefil'; did you mean 'prefill'"),
+        (("bench", "foo"), "WHAT: expected one of train, decode, prefill, lengths, scan, eval, got 'foo'"),
         (("bench", "train", "--out", "{data}"), "add --overwrite"),
         (("info",), "missing MODEL"),
         (("info", "{model}", "extra"), "unexpected 'extra'"),

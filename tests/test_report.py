@@ -7,7 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from synthetic_records import write_solve, write_study
+from synthetic_records import record, write_record, write_solve, write_study
 
 from mambacus.cli import main
 from mambacus.runtime.records import read_record
@@ -46,6 +46,19 @@ def test_plots_and_tables_are_files(drawn):
     results = read_record(drawn / "page.json").results
     assert {Path(path).name for path in results["figures"]} == {f"{n}.{kind}" for n in names for kind in ("png", "svg")}
     assert {Path(path).name for path in results["tables"]} == tables
+
+
+@pytest.mark.parametrize("results", [{}, {"rows": []}, {"rows": [], "ceilings": {}}])
+def test_a_record_that_measured_nothing_is_named_on_the_page_and_in_the_terminal(results, tmp_path, capsys):
+    write_record(tmp_path / "empty.json", record("bench", "130m", {"what": "prefill"}, results))
+    assert main(["report", str(tmp_path / "empty.json"), "--out", str(tmp_path / "page.html")]) == 0
+    said = "Nothing is drawn of [1] empty.json: see “Not drawn” for the reason."
+    assert f"notice: {said}" in capsys.readouterr().out
+    assert said in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_page_with_a_figure_of_every_measurement_has_no_such_notice(drawn):
+    assert "Nothing is drawn of" not in (drawn / "page.html").read_text(encoding="utf-8")
 
 
 WITHOUT = """

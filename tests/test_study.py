@@ -249,6 +249,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch, capsy
     for words in (
         *("baseline", "merge", "bench", "report", "--targets x_proj,embeddings,in_proj,out_proj", "GB of weights"),
         "downloads from the hub unless cached: EleutherAI/gpt-neo-2.7B (10.7 GB)",
+        "data from the hub unless cached: microsoft/orca-math-word-problems-200k (about 84 MB)",
+        "data from the hub unless cached: Rowan/hellaswag (about 37 MB)",
+        "data in all: about 0.48 GB; sizes are approximate",
     ):
         assert words in out
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from mambacus.reporting.formats import number
+from mambacus.reporting.formats import finite
 from mambacus.reporting.scales import Scale, linear_scale
 from mambacus.reporting.sources import Source
 
@@ -30,7 +30,10 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """What one curve is made of; ``failures`` are (x, words) where there is no value, such as out of memory."""
+    """What one curve is made of; ``failures`` are (x, words) where there is no value, such as out of memory.
+
+    A value that is not finite is a failure too: no axis has a place for it.
+    """
 
     label: str
     colour: int
@@ -145,23 +148,35 @@ def make_chart(
 
     curves, failed = [], 0
     for one in series:
+        placed = [value for value in one.values if math.isfinite(value.x)]
         points = tuple(
-            Point(across.place(value.x), down(value.y), value.tip, _span(value, down)) for value in one.values
+            Point(across.place(value.x), down(value.y), value.tip, _span(value, down))
+            for value in placed
+            if math.isfinite(value.y)
         )
-        crosses = tuple(Point(across.place(at), 4.0 + 9.0 * failed, words) for at, words in one.failures)
+        broken = [(value.x, f"{value.tip} (not finite)") for value in placed if not math.isfinite(value.y)]
+        failures = [failure for failure in (*one.failures, *broken) if math.isfinite(failure[0])]
+        crosses = tuple(Point(across.place(at), 4.0 + 9.0 * failed, words) for at, words in failures)
         failed += bool(crosses)  # crosses of several series at one length stand under each other
         curves.append(Curve(one.label, one.colour, points, crosses, one.dashed, one.dots))
-    marks = tuple(dataclasses.replace(mark, x=across.place(mark.x)) for mark in crossings)
+    marks = tuple(dataclasses.replace(mark, x=across.place(mark.x)) for mark in crossings if math.isfinite(mark.x))
     return Chart(title, x[0], y[0], across.x_ticks, up.y_ticks, tuple(curves), marks)
 
 
 def _span(value: Value, down: Callable[[float], float]) -> tuple[float, float] | None:
-    return None if value.low is None or value.high is None else (down(value.high), down(value.low))
+    low, high = finite(value.low), finite(value.high)
+    return None if low is None or high is None else (down(high), down(low))
 
 
 def training_figure(runs: Sequence[tuple[Source, int]]) -> Figure | None:
     """Return the loss curves of training records given with their colours, or None without any history."""
     series = [_losses(source, colour) for source, colour in runs]
+    left_out = [
+        f"{source.label}: {broken:,} of {len(history):,} losses are not finite and left out."
+        for source, _ in runs
+        if (history := source.record.results.get("history", []))
+        and (broken := sum(finite(row.get("loss")) is None for row in history))
+    ]
     series = [one for one in series if len(one.values) > 1]
     if not series:
         return None
@@ -169,16 +184,15 @@ def training_figure(runs: Sequence[tuple[Source, int]]) -> Figure | None:
     steps = linear_scale((value.x for one in series for value in one.values), _plain, zero=True, tight=True)
     up = linear_scale(losses, _plain, zero=min(losses) < 0.5 * max(losses))
     chart = make_chart("Loss", ("optimiser steps", steps), ("nats a token", up), series)
-    return Figure("training", "Training loss", (chart,), tuple(source.number for source, _ in runs))
+    return Figure("training", "Training loss", (chart,), tuple(source.number for source, _ in runs), tuple(left_out))
 
 
 def _losses(source: Source, colour: int) -> Series:
     """Return the losses of a run, thinned evenly to at most HISTORY_POINTS."""
     values = []
     for row in source.record.results.get("history", []):
-        loss = number(row.get("loss"))
-        if loss is not None and math.isfinite(loss):
-            step = float(row["step"])
+        loss, step = finite(row.get("loss")), finite(row["step"])
+        if loss is not None and step is not None:
             values.append(Value(step, loss, f"{source.label}\nstep {step:g}: loss {loss:.4f}"))
     if len(values) > HISTORY_POINTS:
         stride = (len(values) - 1) / (HISTORY_POINTS - 1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mambacus.reporting.charts import Chart, Crossing, Figure, Series, Value, make_chart
-from mambacus.reporting.formats import energy, milliseconds, number, rate, reference, size
+from mambacus.reporting.formats import energy, finite, fixed, milliseconds, rate, reference, size
 from mambacus.reporting.scales import log_scale, steps_scale
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.speed import CURVE_LENGTHS, Timing
@@ -92,7 +92,7 @@ def _chart(
     if any(one.failures for one in series):  # room for their crosses
         values.append(max(values) * max(max(values) / min(values), 2.0) ** 0.15)
     across = steps_scale((one.row["seqlen"] for one in rows), lambda value: f"{value:,.0f}")
-    marks = [_mark(c, metric) for c in crossings if c["metric"] == metric.crossing and c["seqlen"]]
+    marks = [_mark(c, metric) for c in crossings if c["metric"] == metric.crossing and finite(c["seqlen"])]
     return make_chart(
         metric.title, ("tokens", across), ("", log_scale(values, metric.text, base=metric.base)), series, marks
     )
@@ -108,7 +108,7 @@ def _mark(crossing: dict[str, Any], metric: Metric) -> Crossing:
 def _series(metric: Metric, who: str, colour: int, graph: bool, rows: Sequence[Timing]) -> Series:
     values, failures = [], []
     for one in sorted(rows, key=lambda timing: timing.row["seqlen"]):
-        length, value = one.row["seqlen"], number(one.row.get(metric.key))
+        length, value = one.row["seqlen"], finite(one.row.get(metric.key))
         if one.row.get("error"):
             failures.append((float(length), f"{who}\n{length:,} tokens: {one.row['error']}"))
         elif value is not None and value > 0:
@@ -137,7 +137,7 @@ def crossover_table(sources: Sequence[Source]) -> Table:
             "graph" if c["graph"] else "eager",
             str(c["ours"]),
             str(c["peer"]),
-            "none" if c["seqlen"] is None else f"{c['seqlen']:,.0f}",
+            "none" if c["seqlen"] is None else fixed(c["seqlen"], ",.0f"),
             str(c["note"]),
         ]
         for source in of_kind(sources, "bench")

@@ -13,9 +13,10 @@ _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", "[": "{[}", "]": "{]}",
+    "*": "{*}",  # a bare one at the head of a row would be taken as that of \\*
     "−": "$-$", "×": r"$\times$", "→": r"$\rightarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
     "\N{NO-BREAK SPACE}": "~", "·": r"$\cdot$", "–": "--", "…": r"\ldots{}", "“": "``", "”": "''", "’": "'",
-    "≈": r"$\approx$", "±": r"$\pm$",
+    "≈": r"$\approx$", "±": r"$\pm$", "µ": r"$\mu$",
     "⁻": r"$^{-}$",
     **{raised: f"$^{digit}$" for digit, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
 }  # fmt: skip

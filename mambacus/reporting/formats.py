@@ -19,6 +19,17 @@ def number(value: Any) -> float | None:
         return None
 
 
+def finite(value: Any) -> float | None:
+    """Return a JSON value as a float, or None if it is no number, not a number or infinite."""
+    found = number(value)
+    return found if found is not None and math.isfinite(found) else None
+
+
+def fixed(value: Any, spec: str) -> str:
+    """Return a number by a format specification such as ``.2f``, or a dash."""
+    return "–" if finite(value) is None else format(value, spec)
+
+
 def show(metric: str, value: float | None) -> str:
     """Return a value of ``metric`` as readers see it: shares in percent, perplexities with three to four digits."""
     if value is None:
@@ -50,19 +61,19 @@ def reference(numbers: Iterable[int]) -> str:
 
 def percent(value: Any) -> str:
     """Return a share in percent with one decimal, or a dash."""
-    found = number(value)
+    found = finite(value)
     return "–" if found is None else f"{100 * found:.1f} %"
 
 
 def rate(value: Any) -> str:
     """Return tokens per second with about three digits, or a dash."""
-    found = number(value)
+    found = finite(value)
     return "–" if found is None else f"{found:,.1f}" if found < 100 else f"{found:,.0f}"
 
 
 def size(value: Any) -> str:
     """Return bytes in KiB, MiB or GiB, or a dash."""
-    found = number(value)
+    found = finite(value)
     if found is None:
         return "–"
     if found >= 2**30:
@@ -72,7 +83,7 @@ def size(value: Any) -> str:
 
 def duration(seconds: Any) -> str:
     """Return seconds in words: ``4.2 s``, ``3 min 05 s``, ``2 h 10 min``; or a dash."""
-    found = number(seconds)
+    found = finite(seconds)
     if found is None:
         return "–"
     if found < 60:
@@ -82,7 +93,9 @@ def duration(seconds: Any) -> str:
 
 
 def p_text(p: float) -> str:
-    """Return a p-value: three decimals down to 0.001, then a power of ten."""
+    """Return a p-value: three decimals down to 0.001, then a power of ten; or a dash."""
+    if not math.isfinite(p):
+        return "–"
     if p >= 0.001:
         return f"{p:.3f}"
     if p < 1e-300:
@@ -93,7 +106,7 @@ def p_text(p: float) -> str:
 
 def count(value: Any) -> str:
     """Return a large count with three digits and a prefix, for example ``26.2 T``; or a dash."""
-    found = number(value)
+    found = finite(value)
     if found is None:
         return "–"
     for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
@@ -104,7 +117,7 @@ def count(value: Any) -> str:
 
 def milliseconds(value: Any) -> str:
     """Return milliseconds with three digits, as seconds from 10,000 on; or a dash."""
-    found = number(value)
+    found = finite(value)
     if found is None:
         return "–"
     return f"{_three(found / 1000)} s" if found >= 10_000 else f"{_three(found)} ms"
@@ -112,7 +125,7 @@ def milliseconds(value: Any) -> str:
 
 def energy(joules: Any) -> str:
     """Return joules with three digits, or a dash."""
-    found = number(joules)
+    found = finite(joules)
     return "–" if found is None else f"{_three(found)} J"
 
 

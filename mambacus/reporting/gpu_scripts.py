@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mambacus.reporting.formats import milliseconds, percent, rate, reference
+from mambacus.reporting.formats import fixed, milliseconds, percent, rate, reference
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.table import Cell, Table, filled, make_table
 
@@ -103,7 +103,7 @@ def check_table(sources: Sequence[Source]) -> Table:
             body.append([*head, Cell(str(result["error"]), style="error"), "", "", "", ""])
             continue
         errors = [
-            Cell(f"{result[what]['fused']:.2e}", f"modules {result[what]['modules']:.2e}")
+            Cell(fixed(result[what]["fused"], ".2e"), f"modules {fixed(result[what]['modules'], '.2e')}")
             for what in ("logits", "conv_state", "ssm_state")
         ]
         body.append([
@@ -146,7 +146,10 @@ def _fastest(rows: Sequence[dict[str, Any]]) -> Cell:
     if not rows:
         return Cell("–")
     best = min(rows, key=lambda row: float(row["us"]))
-    return Cell(f"{best['us']:,.2f} µs", f"{best['gb_s']:,} GB/s" + (f", best of {len(rows)}" if len(rows) > 1 else ""))
+    return Cell(
+        f"{fixed(best['us'], ',.2f')} µs",
+        f"{fixed(best['gb_s'], ',')} GB/s" + (f", best of {len(rows)}" if len(rows) > 1 else ""),
+    )
 
 
 def profile_table(sources: Sequence[Source]) -> Table:
@@ -183,7 +186,9 @@ def launch_table(sources: Sequence[Source]) -> Table:
             body.append([_shape(shape, mark), f"scan, {kernel}", milliseconds(timed[0][0]), f"launch {plan}; {spread}"])
         for shape, kernels in results.get("kernels", {}).items():
             for name, us in kernels.items():
-                body.append([_shape(shape, mark), _short(name), f"{us:,.1f} µs", "in one forward and backward pass"])
+                body.append(
+                    [_shape(shape, mark), _short(name), f"{fixed(us, ',.1f')} µs", "in one forward and backward pass"]
+                )
         for shape, ops in results.get("others", {}).items():
             body += [[_shape(shape, mark), _short(name), milliseconds(ms), "the op alone"] for name, ms in ops.items()]
     columns = ("Shape", "Kernel", "#Time", "What")

@@ -21,9 +21,9 @@ from mambacus.reporting.scores import Scores
 from mambacus.reporting.sections import Section, sections
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.summary import Card, agreement, cards, headline, notices
-from mambacus.reporting.table import Table
+from mambacus.reporting.table import Cell, Table
 from mambacus.reporting.tables import comparison_table, environment_table, record_table
-from mambacus.reporting.undrawn import mentioned, undrawn_table
+from mambacus.reporting.undrawn import empty_notice, mentioned, undrawn_table
 
 COLOURS = 8
 RADAR_LIMIT = 6
@@ -106,19 +106,21 @@ def build(
     printed = find_published(sources, scores) if published else NOTHING
     checks = tuple(agreement(sources, one, two) for one, two in lineup.checks)
     radars = tuple(_radars(scores, lineup, colours, printed))
-    drawn = sections(sources, scores, lineup, colours=colours, published=printed, checks=checks)
+    found = sections(sources, scores, lineup, colours=colours, published=printed, checks=checks)
+    compared_runs = {label for _, label in lineup.checks}  # their agreement is a sentence without a number
+    drawn = _drawn(radars, views, found) | {one.number for one in sources if one.label in compared_runs}
     return Page(
         title=title or next((study["title"] for study in studies), "Mambacus report"),
         description=next((study.get("description", "") for study in studies), ""),
         headline=headline(compared),
-        notices=notices(sources, studies),
+        notices=(*notices(sources, studies), *empty_notice(sources, drawn)),
         cards=cards(sources, compared),
         radars=radars,
         pairs=views,
-        sections=drawn,
+        sections=found,
         checks=checks,
         records=record_table(sources, (root or Path.cwd()).resolve()),
-        undrawn=undrawn_table(sources, _drawn(radars, views, drawn)),
+        undrawn=undrawn_table(sources, drawn),
         environment=environment_table(sources),
         published=printed,
         colours=colours,
@@ -163,7 +165,8 @@ def _drawn(radars: Sequence[Radar], views: Sequence[PairView], found: Sequence[S
     tables = [one.values for one in radars] + [view.table for view in views]
     tables += [table for section in found for table in section.tables]
     plotted = {number for section in found for figure in section.figures for number in figure.numbers}
-    return mentioned(cell for table in tables for row in table.rows for cell in row) | plotted
+    headings = {number for table in tables if table.rows for number in mentioned(map(Cell, table.columns))}
+    return mentioned(cell for table in tables for row in table.rows for cell in row) | headings | plotted
 
 
 def _colours(lineup: Lineup) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from mambacus.reporting.compare import Comparison
@@ -83,8 +84,12 @@ def make_panel(title: str, note: str, rows: Sequence[Interval], scale: float, *,
         scale: a change is multiplied by it for the tick marks (100 for percent).
         flip: lower is better, so the axis is turned.
     """
+    left_out = [row.title for row in rows if not _drawable(row)]
+    rows = [row for row in rows if _drawable(row)]
     if not rows:
         return None
+    if left_out:
+        note = f"{note}; left out, not finite: {', '.join(left_out)}"
     unit = -scale if flip else scale
     ends = [unit * value for row in rows for value in (row.low, row.high, *row.dots)]
     ends = [min(max(end, -FARTHEST * scale), FARTHEST * scale) for end in ends]
@@ -101,6 +106,10 @@ def make_panel(title: str, note: str, rows: Sequence[Interval], scale: float, *,
     sign = -1.0 if flip else 1.0
     ticks = tuple((round(100 * index / count, 2), _tick(sign * (low + index * step))) for index in range(count + 1))
     return Panel(title, note, place(0.0), ticks, tuple(bars))
+
+
+def _drawable(row: Interval) -> bool:
+    return all(math.isfinite(value) for value in (row.low, row.middle, row.high, *row.dots))
 
 
 def change_text(row: Comparison) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mambacus.reporting.formats import p_text, percent, reference
+from mambacus.reporting.formats import fixed, p_text, percent, reference
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.table import Cell, Table
 
@@ -31,19 +31,19 @@ def prompt_table(sources: Sequence[Source]) -> Table:
                 Cell(f"{test['n']:,}"),
                 Cell(percent(figures["accuracy"]), f"{percent(low)} to {percent(high)}"),
             ]
-            likelihood = f"{figures['loglikelihood']:.1f}"
+            likelihood = fixed(figures["loglikelihood"], ".1f")
             if against is None:
-                cost = Cell(f"{tokens['forward']:,}", f"{tokens['times_fewer']:.1f} × fewer than without states")
+                cost = Cell(
+                    f"{tokens['forward']:,}", f"{fixed(tokens['times_fewer'], '.1f')} × fewer than without states"
+                )
                 row += [Cell("–"), Cell("–"), Cell(likelihood), cost]
             else:
                 gain, ends = 100 * against["difference"], (100 * against["low"], 100 * against["high"])
+                nats = [fixed(against["loglikelihood"][key], "+.2f") for key in ("difference", "low", "high")]
                 row += [
-                    Cell(f"{gain:+.1f} points", f"{ends[0]:+.1f} to {ends[1]:+.1f}"),
+                    Cell(f"{fixed(gain, '+.1f')} points", " to ".join(fixed(end, "+.1f") for end in ends)),
                     Cell(p_text(against["p"]), f"+{against['gained']} / −{against['lost']}"),
-                    Cell(
-                        likelihood,
-                        "optimised {difference:+.2f}, {low:+.2f} to {high:+.2f}".format(**against["loglikelihood"]),
-                    ),
+                    Cell(likelihood, f"optimised {nats[0]}, {nats[1]} to {nats[2]}"),
                     Cell(""),
                 ]
             body.append(tuple(row))

@@ -20,20 +20,30 @@ class Published:
 
     Attributes:
         values: (label, task, metric) -> value in the metric's own unit, shares in [0, 1].
-        source: the publication, in full.
-        short: the publication, in a few words.
+        origins: (label, task, metric) -> the publication, in a few words.
+        sources: the publications of all values, in full.
     """
 
     values: dict[tuple[str, str, str], float]
-    source: str
-    short: str
+    origins: dict[tuple[str, str, str], str]
+    sources: tuple[str, ...]
+
+    @property
+    def source(self) -> str:
+        """All publications, in full."""
+        return "; ".join(self.sources)
+
+    @property
+    def short(self) -> str:
+        """All publications, in a few words."""
+        return ", ".join(dict.fromkeys(self.origins.values()))
 
     def get(self, label: str, key: Key) -> float | None:
         """Return the published figure of one model on one metric, or None."""
         return self.values.get((label, *key))
 
 
-NOTHING = Published({}, "", "")
+NOTHING = Published({}, {}, ())
 
 
 def find_published(sources: Iterable[Source], scores: Scores) -> Published:
@@ -42,17 +52,21 @@ def find_published(sources: Iterable[Source], scores: Scores) -> Published:
     A model with an adapter is another model: it has no published figures, whatever its base is called.
     """
     text = resources.files("mambacus.reporting").joinpath("published.yaml").read_text(encoding="utf-8")
-    table = yaml.safe_load(text)
-    rows = {name.lower(): model["row"] for model in table["models"] for name in model["names"]}
-    values, measured = {}, set(scores.keys)
+    values, origins, measured = {}, {}, set(scores.keys)
+    publications = yaml.safe_load(text)["publications"]
     for source in sources:
         if source.record.kind not in ("evaluate", "solve") or source.label not in scores.labels:
             continue
-        row = _row(source.record.config, source.label, rows)
-        for (task, metric), printed in zip(table["columns"], row, strict=False):
-            if (task, metric) in measured:
-                values[source.label, task, metric] = printed / 100 if metric_kind(metric) == "share" else printed
-    return Published(values, table["source"], table["short"])
+        for table in publications:
+            rows = {name.lower(): model["row"] for model in table["models"] for name in model["names"]}
+            row = _row(source.record.config, source.label, rows)
+            for (task, metric), printed in zip(table["columns"], row, strict=False):
+                if (task, metric) in measured:
+                    share = metric_kind(metric) == "share"
+                    values[source.label, task, metric] = printed / 100 if share else printed
+                    origins[source.label, task, metric] = table["short"]
+    used = set(origins.values())
+    return Published(values, origins, tuple(table["source"] for table in publications if table["short"] in used))
 
 
 def _row(config: dict[str, Any], label: str, rows: dict[str, list[float]]) -> list[float]:

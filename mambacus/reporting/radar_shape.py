@@ -106,7 +106,7 @@ def _polygon(
             marks.append(Mark(x, y, f"{label}\n{axis.title}: {describe(score)}", not axis.holds(score.value)))
         if printed is not None:
             x, y = _point(turn, RADIUS * axis.position(printed))
-            words = f"{show(axis.metric, printed)} {axis.subtitle}, published ({published.short})"
+            words = f"{show(axis.metric, printed)} {axis.subtitle}, published ({published.origins[(label, *axis.key)]})"
             others.append(Mark(x, y, f"{label}\n{axis.title}: {words}", not axis.holds(printed)))
     return Polygon(label, colour, tuple(marks), len(marks) == len(spokes), tuple(others))
 

@@ -53,7 +53,7 @@ def linear_scale(values: Iterable[float], text: Text, *, zero: bool = False, tig
         zero: begin at zero.
         tight: end at the largest value instead of the next round one.
     """
-    found = list(values)
+    found = _finite(values)
     low, high, step = nice_range(0.0 if zero else min(found), max(found))
     if tight and max(found) > low:
         high = max(found)
@@ -63,19 +63,24 @@ def linear_scale(values: Iterable[float], text: Text, *, zero: bool = False, tig
 
 def log_scale(values: Iterable[float], text: Text, *, base: int = 10) -> Scale:
     """Return a logarithmic axis around positive ``values`` with ticks at round powers of ``base`` (10 or 2)."""
-    found = list(values)
+    found = [value for value in _finite(values) if value > 0] or [1.0]
     low, high = min(found) / 1.25, max(found) * 1.25
     return Scale(low, high, True, tuple((mark, text(mark)) for mark in _log_ticks(low, high, base)))
 
 
 def steps_scale(values: Iterable[float], text: Text) -> Scale:
     """Return an axis whose ticks are the measured values, thinned; logarithmic when they spread over a factor of 8."""
-    found = sorted(set(values))
+    found = sorted(set(_finite(values)))
     log = found[0] > 0 and found[-1] / found[0] >= 8
     reach = 1.1 if log else 0.04 * (found[-1] - found[0]) or 0.5
     low, high = (found[0] / reach, found[-1] * reach) if log else (found[0] - reach, found[-1] + reach)
     stride = math.ceil(len(found) / MOST_TICKS)
     return Scale(low, high, log, tuple((value, text(value)) for value in found[::-1][::stride][::-1]))
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    """Return the values that an axis has a place for; one of nothing but others still has its ends."""
+    return [value for value in values if math.isfinite(value)] or [0.0]
 
 
 def nice_range(low: float, high: float, parts: int = 5) -> tuple[float, float, float]:

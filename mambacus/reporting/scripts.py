@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mambacus.reporting.formats import duration, milliseconds, number, percent, rate, reference, size
+from mambacus.reporting.formats import duration, finite, fixed, milliseconds, percent, rate, reference, size
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.table import Cell, Table, make_table
 
@@ -40,7 +40,12 @@ def soak_table(sources: Sequence[Source]) -> Table:
 def tied_merge_table(sources: Sequence[Source]) -> Table:
     """An adapter on a tied embedding, before and after the merge: one row a side and stage."""
     body: list[list[Cell | str]] = [
-        [_named(row["side"], source), row["stage"], f"{row['answer_loss']:.4f}", f"{row['prose_perplexity']:.2f}"]
+        [
+            _named(row["side"], source),
+            row["stage"],
+            fixed(row["answer_loss"], ".4f"),
+            fixed(row["prose_perplexity"], ".2f"),
+        ]
         for source in of_kind(sources, "tied-merge")
         for row in source.record.results["rows"]
     ]
@@ -56,7 +61,7 @@ def prompt_states_table(sources: Sequence[Source]) -> Table:
         for name, row in source.record.results["rows"].items():
             low, high = (100 * float(end) for end in row["wilson95"])
             body.append([
-                _named(name, source), Cell(percent(row["accuracy"]), f"{low:.1f} to {high:.1f} %"),
+                _named(name, source), Cell(percent(row["accuracy"]), f"{fixed(low, '.1f')} to {fixed(high, '.1f')} %"),
                 f"{row['correct']:,} of {row['n']:,}", f"{row['prompt_tokens_read']:,}",
             ])  # fmt: skip
     columns = ("Prompt", "#Accuracy, 95 %", "#Right", "#Prompt tokens read")
@@ -68,9 +73,9 @@ def arithmetic_table(sources: Sequence[Source]) -> Table:
     body: list[list[Cell | str]] = []
     for source in of_kind(sources, "state-arithmetic"):
         for name, row in source.record.results["rows"].items():
-            error = number(row["standard_error"])
-            gain = f"{row['gain_a_problem']:+.2f}".replace("-", "−")
-            nats = f"{row['nats_a_token']:.3f}".replace("-", "−")
+            error = finite(row["standard_error"])
+            gain = fixed(row["gain_a_problem"], "+.2f").replace("-", "−")
+            nats = fixed(row["nats_a_token"], ".3f").replace("-", "−")
             body.append([_named(name, source), nats, Cell(gain, f"standard error {error:.2f}" if error else "")])
     columns = ("State", "#Nats a token", "#Gain a problem, nats")
     return make_table("state-arithmetic", columns, body, title="Arithmetic of prompt states")

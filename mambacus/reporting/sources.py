@@ -110,11 +110,21 @@ def _read(path: Path) -> Record:
         UserError: as `read_record`, or other results than those of its kind.
     """
     record = read_record(path)
+    record = dataclasses.replace(record, results=_numbers(record.results), seconds=_numbers(record.seconds))
     for name, kind in RESULTS.get(record.kind, {}).items():
         if not isinstance(record.results.get(name), kind):
             got = f"a {type(record.results[name]).__name__}" if name in record.results else "nothing"
             raise UserError(f"{path}: results of {record.kind}: {name}: expected a {kind.__name__}, got {got}")
     return record
+
+
+def _numbers(value: Any) -> Any:
+    """Return results with the numbers that JSON lacks, which records spell as words, as numbers again."""
+    if isinstance(value, dict):
+        return {key: _numbers(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_numbers(part) for part in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 def _study_steps(found: dict[Path, Record]) -> dict[Path, dict[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mambacus.reporting.charts import Figure, Series, Value, make_chart
 from mambacus.reporting.eval_speed import is_evaluation
-from mambacus.reporting.formats import count, energy, milliseconds, number, percent, rate, reference, size
+from mambacus.reporting.formats import count, energy, finite, fixed, milliseconds, percent, rate, reference, size
 from mambacus.reporting.scales import log_scale, steps_scale
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.table import Cell, Table, filled, make_table
@@ -79,7 +79,7 @@ def speed_table(rows: Sequence[Timing]) -> Table:
     """Bench rows side by side; the ratio is against the slowest of several measured in the same case."""
     speeds: dict[tuple[Any, ...], list[float]] = {}
     for one in rows:
-        if speed := number(one.row.get("tokens_per_second")):
+        if speed := finite(one.row.get("tokens_per_second")):
             speeds.setdefault(one.case, []).append(speed)
     slowest = {case: min(found) for case, found in speeds.items() if len(found) > 1}
     columns = (
@@ -101,8 +101,8 @@ def _speed_row(one: Timing, slowest: float | None) -> list[Cell | str]:
     if row.get("error"):
         return [*head, Cell(str(row["error"]), style="error"), *[""] * 7, str(row.get("device", ""))]
     samples = [float(ms) for ms in row.get("samples_ms", [])]
-    spread = f"{min(samples):,.1f} to {max(samples):,.1f}, {len(samples)} runs" if samples else ""
-    ratio = float(row["tokens_per_second"]) / slowest if slowest else None
+    spread = f"{fixed(min(samples), ',.1f')} to {fixed(max(samples), ',.1f')}, {len(samples)} runs" if samples else ""
+    ratio = finite(float(row["tokens_per_second"]) / slowest) if slowest else None
     return [
         *head,
         Cell(milliseconds(row["median_ms"]), spread),
@@ -139,7 +139,7 @@ def ceiling_table(sources: Sequence[Source]) -> Table:
 
 
 def _ceiling(value: Any, unit: float, name: str) -> str:
-    found = number(value)
+    found = finite(value)
     return "–" if found is None else f"{count(found * unit)}{name}"
 
 
@@ -184,7 +184,7 @@ def _scan_row(source: Source, row: dict[str, Any]) -> list[Cell | str]:
         Cell(milliseconds(peer[0]), _times(peer[0], forward, "ours")),
         Cell(milliseconds(peer[1]), _times(peer[1], row.get("both_ms"), "ours")),
         size(row.get("memory_bytes")),
-        f"{max(errors):.1e}" if errors else "–",
+        fixed(max(errors, default=None), ".1e"),
     ]
 
 
@@ -194,7 +194,7 @@ def _limit(row: dict[str, Any]) -> float | None:
 
 
 def _times(value: Any, unit: Any, what: str) -> str:
-    one, other = number(value), number(unit)
+    one, other = finite(value), finite(unit)
     return "" if one is None or not other else f"{one / other:.2f} × {what}"
 
 
@@ -227,8 +227,8 @@ def _scan_series(rows: Sequence[dict[str, Any]]) -> list[Series]:
 
     peers = [row.get("mamba_ssm_h100_ms") or (None, None) for row in rows]
     return [
-        series("forward", 1, [number(row["forward_ms"]) for row in rows]),
-        series("forward and backward", 3, [number(row.get("both_ms")) for row in rows]),
+        series("forward", 1, [finite(row["forward_ms"]) for row in rows]),
+        series("forward and backward", 3, [finite(row.get("both_ms")) for row in rows]),
         series("limit, forward", 0, [_limit(row) for row in rows], dashed=True),
         series("mamba-ssm on H100, forward", 2, [peer[0] for peer in peers], dashed=True),
         series("mamba-ssm on H100, forward and backward", 4, [peer[1] for peer in peers], dashed=True),

@@ -7,12 +7,13 @@ the same but tell no time, so time is measured in a short sweep of its own.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mambacus.reporting.formats import duration, rate, reference, show, size
+from mambacus.reporting.formats import duration, fixed, rate, reference, show, size
 from mambacus.reporting.metrics import task_info
 from mambacus.reporting.panels import Interval, Panel, make_panel
 from mambacus.reporting.sources import Source, of_kind
@@ -101,11 +102,11 @@ def sweep_table(points: Sequence[Setting]) -> Table:
             body.append(_base_row([one for one in points if one.source == point.source], found))
         row: list[Cell | str] = [
             Cell(point.name, f"{len(point.runs)} seed{'s' if len(point.runs) > 1 else ''}{_ref(point)}"),
-            f"{point.mean('trainable'):,.0f}",
-            f"{point.mean('learning_rate'):.2g}",
+            fixed(point.mean("trainable"), ",.0f"),
+            fixed(point.mean("learning_rate"), ".2g"),
         ]
         row += [_check_cell(what, point.checks(what)) for what in found]
-        row += [f"{point.mean('loss_last'):.3f}", *_cost_cells(point)]
+        row += [fixed(point.mean("loss_last"), ".3f"), *_cost_cells(point)]
         body.append(row)
     columns = ("Method", "#Trained parameters", "#Learning rate", *(f"#{_title(what)}" for what in found), "#Last loss",
                "#Time", "#Tokens/s", "#Peak memory")  # fmt: skip
@@ -191,18 +192,22 @@ def _check_cell(what: str, rows: Sequence[dict[str, Any]]) -> Cell:
 
 
 def _value(what: str, value: float) -> str:
+    if not math.isfinite(value):
+        return "–"
     if _is_share(what):
         return f"{100 * value:.1f} %"
     return f"{value:#.3g}" if what.startswith("answer_loss") else show("perplexity", value)
 
 
 def _verdict(low: float, high: float, better: str) -> str:
-    if low <= 0 <= high:
+    if low <= 0 <= high or not (math.isfinite(low) and math.isfinite(high)):
         return "open"
     return "better" if (low > 0) == (better == "higher") else "worse"
 
 
 def _change(what: str, value: float) -> str:
+    if not math.isfinite(value):
+        return "–"
     text = f"{100 * value:+.1f}" if _is_share(what) else f"{value:+.{2 if abs(value) >= 0.1 else 3}f}"
     return text.replace("-", "−")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mambacus.reporting.compare import Comparison
-from mambacus.reporting.formats import duration, number, p_text, percent, rate, reference, show, size
+from mambacus.reporting.formats import duration, finite, fixed, p_text, percent, rate, reference, show, size
 from mambacus.reporting.lineup import Lineup
 from mambacus.reporting.metrics import metric_title, task_info, task_title
 from mambacus.reporting.panels import change_text
@@ -153,8 +153,8 @@ def merge_table(sources: Sequence[Source]) -> Table:
         [
             source.label + reference([source.number]),
             str(gate.get("prompts", "–")),
-            f"{float(gate['max_logit_difference']):.1e}",
-            f"{float(gate['tolerance']):.1e}",
+            fixed(gate["max_logit_difference"], ".1e"),
+            fixed(gate["tolerance"], ".1e"),
             "yes" if source.record.results.get("untied") else "no",
         ]
         for source in of_kind(sources, "merge")
@@ -224,18 +224,18 @@ def _counts(counts: dict[str, int] | None) -> str:
 
 def _peak_rate(record: Any) -> str:
     rates = [
-        rate for row in record.results.get("history", []) if (rate := number(row.get("learning_rate"))) is not None
+        rate for row in record.results.get("history", []) if (rate := finite(row.get("learning_rate"))) is not None
     ]
     return f"{max(rates):.2g} (highest)" if rates else "–"
 
 
 def _count(value: Any) -> str:
-    return "–" if value is None else f"{int(value):,}"
+    found = finite(value)
+    return "–" if found is None else f"{int(found):,}"
 
 
 def _loss(value: Any) -> str:
-    found = number(value)
-    return "–" if found is None else f"{found:.3f}"
+    return fixed(value, ".3f")
 
 
 def _listed(value: Any) -> str:

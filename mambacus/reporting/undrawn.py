@@ -29,6 +29,16 @@ def mentioned(cells: Iterable[Cell]) -> set[int]:
     return {int(number) for cell in cells for number in _MARK.findall(f"{cell.text} {cell.note}")}
 
 
+def empty_notice(sources: Sequence[Source], drawn: set[int]) -> tuple[str, ...]:
+    """Return a sentence on records of measurements without a figure on the page; what measures nothing needs none."""
+    silent = ("study", "info", "generate", "chat", "convert", "prompt-compile")
+    empty = [source for source in sources if source.number not in drawn and source.record.kind not in silent]
+    if not empty:
+        return ()
+    named = ", ".join(f"[{source.number}] {source.path.name}" for source in empty)
+    return (f"Nothing is drawn of {named}: see “Not drawn” for the reason.",)
+
+
 def undrawn_table(sources: Sequence[Source], drawn: set[int]) -> Table:
     """Every record, or part of one, without a figure on the page.
 

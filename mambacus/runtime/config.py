@@ -143,6 +143,9 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], prog: str, descripti
     values = from_mapping(read_mapping(config_path, "--config"), hints, str(config_path)) if config_path else {}
     flags = {name: value for name, value in given.items() if value is not _UNSET}
     values |= {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+    positional = [f for f in fields if f.metadata.get("positional") and f.name in values]
+    if faults := [fault for f in positional for fault in _field_faults(f, values[f.name])]:
+        raise UserError("; ".join(faults))  # before flags are missed: which are needed may hang on it
     missing = [_flag(f) for f in fields if f.name not in values and f.default is dataclasses.MISSING]
     if missing:
         raise UserError(f"missing {', '.join(missing)} (see {prog} --help)")

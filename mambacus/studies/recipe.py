@@ -9,7 +9,7 @@ from typing import Any
 
 from mambacus.runtime.config import from_mapping
 from mambacus.runtime.errors import UserError, suggest
-from mambacus.runtime.yaml_files import read_mapping
+from mambacus.runtime.yaml_files import list_of, mapping_of, names_in, read_named
 
 PACKAGED = resources.files("mambacus") / "recipes"
 ROLES = ("subject", "baseline")
@@ -87,7 +87,7 @@ _KEYS = tuple(field.name for field in dataclasses.fields(Recipe) if field.name !
 
 def packaged_recipes() -> list[str]:
     """Return the names of the recipes that ship with the package."""
-    return sorted(file.name.removesuffix(".yaml") for file in PACKAGED.iterdir() if file.name.endswith(".yaml"))
+    return names_in(PACKAGED)
 
 
 def read_recipe(name: str) -> Recipe:
@@ -96,29 +96,21 @@ def read_recipe(name: str) -> Recipe:
     Raises:
         UserError: no such file or packaged recipe, not YAML, or an unknown, missing, repeated or wrong key.
     """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        if not path.is_file():
-            raise UserError(f"no such recipe: {name} (packaged ones, by name: {', '.join(packaged_recipes())})")
-        return _recipe(path.stem, read_mapping(path, "recipe"), f"recipe {name}")
-    known = packaged_recipes()
-    if name not in known:
-        raise UserError(
-            f"no such recipe: {name!r}; expected a .yaml file or one of {', '.join(known)}{suggest(name, known)}"
-        )
-    with resources.as_file(PACKAGED / f"{name}.yaml") as packaged:
-        return _recipe(name, read_mapping(packaged, "recipe"), f"recipe {name}")
+    stem, loaded = read_named(name, PACKAGED, "recipe")
+    return _recipe(stem, loaded, f"recipe {name}")
 
 
 def _recipe(stem: str, loaded: dict[str, Any], where: str) -> Recipe:
     for key in loaded:
         if key not in _KEYS:
             raise UserError(f"{where}: unknown key {key!r}{suggest(str(key), _KEYS)}")
-    models = tuple(_model(row, f"{where}: models[{place}]") for place, row in enumerate(_list(loaded, "models", where)))
+    models = tuple(
+        _model(row, f"{where}: models[{place}]") for place, row in enumerate(list_of(loaded, "models", where))
+    )
     if not models:
         raise UserError(f"{where}: expected at least one entry under models, got none")
     variants = tuple(
-        _variant(row, f"{where}: finetune[{place}]") for place, row in enumerate(_list(loaded, "finetune", where))
+        _variant(row, f"{where}: finetune[{place}]") for place, row in enumerate(list_of(loaded, "finetune", where))
     )
     for what, labels in (("models", [m.label for m in models]), ("finetune", [v.label for v in variants])):
         repeated = sorted({label for label in labels if labels.count(label) > 1})
@@ -134,17 +126,17 @@ def _recipe(stem: str, loaded: dict[str, Any], where: str) -> Recipe:
         description=" ".join(about["description"].split()),
         models=models,
         finetune=variants,
-        merge=_mapping(loaded.get("merge", {}), f"{where}: merge"),
-        evaluate=_mapping(loaded["evaluate"], f"{where}: evaluate") if loaded.get("evaluate") else None,
-        solve=_mapping(loaded["solve"], f"{where}: solve") if loaded.get("solve") else None,
-        generation=_mapping(loaded["generation"], f"{where}: generation") if loaded.get("generation") else None,
-        bench=tuple(_mapping(row, f"{where}: bench") for row in _list(loaded, "bench", where)),
+        merge=mapping_of(loaded.get("merge", {}), f"{where}: merge"),
+        evaluate=mapping_of(loaded["evaluate"], f"{where}: evaluate") if loaded.get("evaluate") else None,
+        solve=mapping_of(loaded["solve"], f"{where}: solve") if loaded.get("solve") else None,
+        generation=mapping_of(loaded["generation"], f"{where}: generation") if loaded.get("generation") else None,
+        bench=tuple(mapping_of(row, f"{where}: bench") for row in list_of(loaded, "bench", where)),
         check_attached=about["check_attached"],
     )
 
 
 def _model(row: Any, where: str) -> ModelEntry:
-    values = from_mapping(_mapping(row, where), _MODEL_HINTS, where)
+    values = from_mapping(mapping_of(row, where), _MODEL_HINTS, where)
     for key in ("label", "source"):
         if not values.get(key):
             raise UserError(f"{where}: missing key {key!r}")
@@ -155,26 +147,13 @@ def _model(row: Any, where: str) -> ModelEntry:
 
 
 def _variant(row: Any, where: str) -> Variant:
-    values = dict(_mapping(row, where))
+    values = dict(mapping_of(row, where))
     label, offline = str(values.pop("label", "")), str(values.pop("data_offline", ""))
     if not label:
         raise UserError(f"{where}: missing key 'label'")
     if "data" not in values:
         raise UserError(f"{where}: missing key 'data'")
     return Variant(label, values, offline)
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected keys and values, got {value!r}")
-    return value
-
-
-def _list(loaded: dict[str, Any], key: str, where: str) -> list[Any]:
-    value = loaded.get(key) or []
-    if not isinstance(value, list):
-        raise UserError(f"{where}: {key}: expected a list, got {value!r}")
-    return value
 
 
 def choose_models(recipe: Recipe, wanted: tuple[str, ...], here: Path | None = None) -> tuple[Recipe, list[str]]:

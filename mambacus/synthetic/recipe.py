@@ -6,12 +6,11 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any, TypeVar
 
 from mambacus.runtime.config import check, from_mapping, opt
 from mambacus.runtime.errors import UserError, suggest
-from mambacus.runtime.yaml_files import read_mapping
+from mambacus.runtime.yaml_files import list_of, mapping_of, names_in, read_named
 from mambacus.synthetic.tasks import Task, make_task
 
 PACKAGED = resources.files("mambacus") / "recipes" / "controlled"
@@ -120,7 +119,7 @@ class Recipe:
 
 def packaged_recipes() -> list[str]:
     """Return the names of the controlled studies that ship with the package."""
-    return sorted(file.name.removesuffix(".yaml") for file in PACKAGED.iterdir() if file.name.endswith(".yaml"))
+    return names_in(PACKAGED)
 
 
 def read_recipe(name: str) -> Recipe:
@@ -129,16 +128,8 @@ def read_recipe(name: str) -> Recipe:
     Raises:
         UserError: no such file or recipe, not YAML, or an unknown, missing or impossible value.
     """
-    path = Path(name)
-    known = packaged_recipes()
-    if path.suffix in (".yaml", ".yml"):
-        return make_recipe(path.stem, read_mapping(path, "recipe"), f"recipe {name}")
-    if name not in known:
-        raise UserError(
-            f"no such recipe: {name!r}; expected a .yaml file or one of {', '.join(known)}{suggest(name, known)}"
-        )
-    with resources.as_file(PACKAGED / f"{name}.yaml") as packaged:
-        return make_recipe(name, read_mapping(packaged, "recipe"), f"recipe {name}")
+    stem, loaded = read_named(name, PACKAGED, "recipe")
+    return make_recipe(stem, loaded, f"recipe {name}")
 
 
 def make_recipe(stem: str, loaded: dict[str, Any], where: str) -> Recipe:
@@ -159,7 +150,7 @@ def make_recipe(stem: str, loaded: dict[str, Any], where: str) -> Recipe:
         raise UserError(f"{where}: arms: d_state {repeated[0]} is given more than once")
     training = _part(TrainingSettings, loaded["training"], f"{where}: training")
     tasks = tuple(
-        _task(row, training, f"{where}: tasks[{place}]") for place, row in enumerate(_list(loaded, "tasks", where))
+        _task(row, training, f"{where}: tasks[{place}]") for place, row in enumerate(list_of(loaded, "tasks", where))
     )
     names = [entry.name for entry in tasks]
     if len(set(names)) < len(names):
@@ -173,15 +164,15 @@ def make_recipe(stem: str, loaded: dict[str, Any], where: str) -> Recipe:
     recipe = Recipe(stem, about["title"], question, about["sources"], arms, tasks, (), loaded)
     predictions = tuple(
         _prediction(row, recipe, f"{where}: predictions[{place}]")
-        for place, row in enumerate(_list(loaded, "predictions", where))
+        for place, row in enumerate(list_of(loaded, "predictions", where))
     )
     return dataclasses.replace(recipe, predictions=predictions)
 
 
 def _task(row: Any, training: TrainingSettings, where: str) -> TaskEntry:
-    values = dict(_mapping(row, where))
+    values = dict(mapping_of(row, where))
     own: dict[str, Any] = {key: values.pop(key) for key in ("steps", "batch", "train_rows") if key in values}
-    settings = _mapping(values.pop("settings", {}), f"{where}: settings")
+    settings = mapping_of(values.pop("settings", {}), f"{where}: settings")
     hints = {"name": str, "kind": str, "train_x": tuple[int, ...], "test_x": tuple[int, ...]}
     read = from_mapping(values, hints, where)
     missing = [key for key in hints if not read.get(key)]
@@ -234,7 +225,7 @@ def _part(kind: type[PartT], value: Any, where: str) -> PartT:
     Raises:
         UserError: unknown or missing key, or a value of the wrong type or range.
     """
-    read = from_mapping(_mapping(value, where), typing.get_type_hints(kind), where)
+    read = from_mapping(mapping_of(value, where), typing.get_type_hints(kind), where)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     missing = [field.name for field in fields if field.name not in read and field.default is dataclasses.MISSING]
     if missing:
@@ -242,16 +233,3 @@ def _part(kind: type[PartT], value: Any, where: str) -> PartT:
     made = kind(**read)
     check(made, where=where)
     return made
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected keys and values, got {value!r}")
-    return value
-
-
-def _list(loaded: dict[str, Any], key: str, where: str) -> list[Any]:
-    value = loaded[key]
-    if not isinstance(value, list):
-        raise UserError(f"{where}: {key}: expected a list, got {value!r}")
-    return value

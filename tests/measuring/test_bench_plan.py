@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from pathlib import Path
 
 import pytest
 
 from mambacus import bench
-from mambacus.bench_plan import COUNTS, fill, idle, plan
+from mambacus.bench_plan import COUNTS, WHAT, fill, idle, plan
 from mambacus.measuring.cases import Case
 from mambacus.runtime.config import from_mapping
 from mambacus.runtime.errors import UserError
@@ -139,3 +140,18 @@ def test_the_engine_has_one_mode_on_a_gpu():
 def test_graphs_need_a_gpu():
     with pytest.raises(UserError, match="--modes graph: expected with --device cuda, got cpu"):
         planned("decode", modes=("graph",))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("what", list(WHAT))
+def test_help_tells_every_default_of_every_kind(what, device):
+    fields = {field.name: field.metadata["help"] for field in dataclasses.fields(bench.Config)}
+    filled = fill(bench.Config(what=what, out=Path("b.json"), device=device))
+    for name in ("model", "seqlens", "new_tokens", "dtypes", "modes"):
+        if name not in COUNTS[what] | {"dtypes"}:
+            continue
+        value = getattr(filled, name)
+        words = value if isinstance(value, str) else ",".join(map(str, value))
+        told = fields[name][fields[name].rindex("(default: ") :].strip("()").split("; ")
+        own = [part for part in told if f"{what} on {device}" in part]
+        assert (own or told[:1])[0].endswith(f": {words}"), (name, fields[name])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 
 import pytest
+import yaml
 from synthetic_records import write_evaluate
 
 from mambacus.reporting.page import build, render
 from mambacus.reporting.sources import collect
+from mambacus.studies.recipe import read_recipe
 
 RIGHT = [1.0] * 40 + [0.0] * 60
 
@@ -37,8 +40,26 @@ def test_figures_are_those_of_the_model_and_the_metric(folder):
         ("mamba-130m", "lambada_openai", "acc"): pytest.approx(0.443),
         ("mamba-130m", "hellaswag", "acc_norm"): pytest.approx(0.353),
         ("mamba-130m", "arc_challenge", "acc_norm"): pytest.approx(0.243),
+        ("mamba-130m", "wikitext", "word_perplexity"): 26.25,
     }
-    assert "Table 3" in page.published.source
+    assert "Table 3" in page.published.source and "the original study" in page.published.source
+    assert page.published.origins["mamba-130m", "wikitext", "word_perplexity"] == "original study, fp16"
+    assert page.published.origins["mamba-130m", "lambada_openai", "acc"] == "Mamba paper, Table 3"
+
+
+def test_the_original_study_stands_beside_its_own_tuned_model(tmp_path):
+    write(tmp_path, "mamba-130m+cs5242", model="runs/merged")
+    page = build(collect([tmp_path]))
+    assert page.published.values == {("mamba-130m+cs5242", "wikitext", "word_perplexity"): 1.4e40}
+    assert "published 1.4e+40" in render(page) and "Table 3" not in page.published.source
+
+
+def test_no_figure_has_two_publications():
+    text = resources.files("mambacus.reporting").joinpath("published.yaml").read_text(encoding="utf-8")
+    columns = [tuple(column) for table in yaml.safe_load(text)["publications"] for column in table["columns"]]
+    assert len(set(columns)) == len(columns)
+    assert set(columns) & {("lambada_standard", "acc")} == set()  # cs5242.yaml says so
+    assert "lambada_openai" in read_recipe("cs5242").evaluate["tasks"]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +90,7 @@ def test_tables_mark_them_and_the_best_is_still_a_measured_one(folder):
 def test_radar_draws_them_as_hollow_marks_on_axes_that_hold_them(folder):
     (radar,) = build(collect([folder])).radars
     plain, tuned = radar.polygons
-    assert len(plain.published) == 4 and tuned.published == ()
+    assert len(plain.published) == 5 and tuned.published == ()
     accuracy = next(mark for mark in plain.published if "LAMBADA openai, accuracy" in mark.tip)
     assert accuracy.tip.endswith("44.3 % accuracy, published (Mamba paper, Table 3)") and not accuracy.clipped
     (spoke,) = (spoke for spoke in radar.spokes if spoke.axis.key == ("lambada_openai", "perplexity"))
