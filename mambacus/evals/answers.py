@@ -8,13 +8,14 @@ answer, the completion is unparsed and no later rule guesses. Equality is math-v
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 from mambacus.data.prompts import ANSWER_MARK
-from mambacus.evals.quantities import SCALE, SCALES, in_words, joined_groups, plain_digits, two_units
+from mambacus.evals.quantities import NUMERATOR, PART, SCALE, SCALES, in_words, joined_groups, plain_digits, two_units
 
 UNPARSED = "unparsed"
 
@@ -34,17 +35,26 @@ class Extraction:
 
 
 _NOT_FOUND = Extraction(None, UNPARSED)
+logging.getLogger("math_verify").setLevel(
+    logging.CRITICAL
+)  # it warns of what it cannot compare, which is a wrong answer
 
-_RUN_ON = re.compile(r"(?:^|\n)[ \t]*(?:Question|Problem|Q)[ \t]*\d*[ \t]*:|\bQuestion:")
-_ANSWER_IS = re.compile(r"\banswer\s*(?:is|was|would be|=|:)+\s*:?", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
+_TURN = r"(?:Question|Problem|Q|Exercise|Example|Human|User|Instructions?)[ \t]*\d*[ \t]*"
+_RUN_ON = re.compile(
+    r"(?:^|\n)[ \t]*(?:Question|Problem|Q)[ \t]*\d*[ \t]*:|\bQuestion:"
+    rf"|\n[ \t]*[#*_]*[ \t]*{_TURN}[*_]*:|\n[ \t]*#+[ \t]*{_TURN}(?=\n|$)"
+)
+_ANSWER_IS = re.compile(r"\banswer\s*(?:(?:is|was|would be)\b(?!['’])|=|:)+\s*:?", re.IGNORECASE)
+_DENIED = re.compile(r"\banswer\s+(?:is|was|would)n['’]t\b.*?(?=\bbut\b|[.!?](?:\s|$)|$)", re.IGNORECASE | re.MULTILINE)
+_SENTENCE_END = re.compile(r"\n|(?<![Aa]pprox)(?<!\bNo)[.!?](?=\s|$)")
 
 _LONGEST_NUMBER = 300  # characters; a model that repeats digits for ever has not answered
+_SHORT_SCALES = {"k": Fraction(1000), "K": Fraction(1000), "M": Fraction(10**6)}  # right after the digits
 _CURRENCY = "$€£¥"
 # 1.234,5 and 1.234.567 and 1,5 are European; 1.234 and 1,234 are read as English writes them.
 _EUROPEAN = r"\d{1,3}(?:\.\d{3})+,\d{1,2}(?![\d,]*\d)|\d{1,3}(?:\.\d{3}){2,}(?![\d.,]*\d)|\d+,\d{1,2}(?![\d,.]*\d)"
 _DIGITS = (
-    rf"(?:{_EUROPEAN}|(?:\d{{1,3}}(?:,\d{{3}})+(?![\d,]*\d)|\d++)(?:\.\d++)?(?:[eE][-+]?\d{{1,2}}(?!\d))?"
+    rf"(?:{_EUROPEAN}|(?:\d{{1,3}}(?:,\d{{3}})+(?![\d,]*\d)|\d++)(?:\.\d++)?(?:[eE][-+]?\d{{1,2}}(?!\d))?(?![eE][-+]?\d)"
     r"|(?<![\w.])\.\d++)"
 )
 # A minus after a digit, letter or bracket subtracts: "10-3" ends in 3, "= -3" in -3.
@@ -52,8 +62,12 @@ _SIGN = r"(?:(?<![\w)\]])[-−–+])?"
 _NUMBER = re.compile(
     rf"{_SIGN}[{_CURRENCY}]?(?:(?<=[{_CURRENCY}])[-−])?(?<![A-Za-z_])(?<!\d)(?<!\d\.)(?<!\d,)"
     rf"(?:\d+\s+(?:and\s+)?\d+\s*/\s*\d++|{_DIGITS}(?:\s*/\s*[{_CURRENCY}]?\d++(?!\.\d))?)"
-    rf"(?!(?:st|nd|rd|th)\b)(?:\s*(?:%|percent\b|(?:{SCALE})(?!\w)))?"
+    rf"(?!(?:st|nd|rd|th)\b)(?:\s*(?:%|percent\b|(?:{SCALE})(?!\w))|[kKM](?!\w))?"
 )
+# Powers and factorials that no computer writes out: 2^999999999, 10^{10^{10}}, 99999!
+_HUGE = re.compile(r"(?:\^|\*\*)[\s{(+-]*\d{5,}|\d\s*(?:\^|\*\*)[\s{(+-]*\d+\s*(?:\^|\*\*)|\d{4,}\s*!")
+# What makes a number a part of something else: 1.2.3, 5'10", 0x10
+_GOES_ON = re.compile(r"\.\d|['’′]\s*\d|(?<=\b0)x[\da-fA-F]|\s*!!")
 _ORDINAL = re.compile(r"(?<![\w.])\d+(?=(?:st|nd|rd|th)\b)")
 _SUM = re.compile(rf"{_NUMBER.pattern}(?:\s*[-+*/×÷]\s*{_DIGITS})+(?![\w.])")  # 5 + 3, left for the reader to add
 _ANOTHER = re.compile(r"\s*(?:[a-z]+\s+)?(?:(?:or|to|through|and)\s+|,\s*(?:(?:or|and)\s+)?|–\s*)[$€£¥-]?\d", re.I)
@@ -71,9 +85,10 @@ def extract_number(completion: str) -> Extraction:
     marked = marked_segment(text)
     if marked is not None:
         segment, reason = marked
-        number = _number_in(segment)
+        factorial = reason == "boxed" and re.search(r"\d\s*!", segment)
+        number = None if factorial else _number_in(segment)
         return Extraction(number, reason) if number else _NOT_FOUND
-    numbers = _NUMBER.findall(text)
+    numbers = _NUMBER.findall(_DENIED.sub("", text))
     return Extraction(numbers[-1].strip(), "last number") if numbers else _NOT_FOUND
 
 
@@ -117,10 +132,19 @@ def same_number(gold: str, predicted: str) -> bool:
 
 
 def canonical(answer: str) -> str:
-    """Return one spelling for equal numbers (``29.00`` and ``$29`` give ``29``), so that votes can be counted."""
+    """Return one spelling for equal numbers (``29.00`` and ``$29`` give ``29``), so that votes can be counted.
+
+    What may mean two values names both (``50%`` gives ``50 or 1/2``) and is no vote for either alone: gold answers tell
+    them apart.
+    """
     units = two_units(answer)
-    value = units[1] if units is not None else _plain_value(answer)
-    return answer.strip() if value is None else str(value * (_scale(answer) or 1))
+    if units is not None:
+        return " or ".join(map(str, units[1:]))
+    value = _plain_value(answer)
+    if value is None:
+        return answer.strip()
+    factor = Fraction(1, 100) if re.search(r"%|percent", answer) else _scale(answer)
+    return str(value) if factor is None else f"{value} or {value * factor}"
 
 
 def marked_segment(text: str) -> tuple[str, str] | None:
@@ -162,8 +186,12 @@ def _number_in(segment: str) -> str | None:
     """
     segment = re.sub(r"^([-−])\s+(?=[\d$])", r"\1", segment.strip().strip("*_`"))
     segment = segment.replace("{,}", ",").replace("\\%", "%")  # LaTeX's 1,234 without a space, and its 50%
-    if re.search(r"\\[dt]?frac|\\times|\d\s*\^", segment):
+    segment = re.sub(r"(?:\bsqrt|√)\s*(?:\(([^()]*)\)|(\d+))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}", segment)
+    if re.search(r"\\[dt]?frac|\\times|\\sqrt|\d\s*\^", segment):
         return segment
+    segment = re.sub(r"^([-−])\s*\(\s*([$€£¥]?[\d.,/]+)\s*\)", r"\1\2", segment)
+    if re.match(r"[-−]\s*\(", segment):
+        return None
     segment = re.sub(r"^not\b.*?\bbut\b", "", segment, flags=re.IGNORECASE)
     if re.match(r"not\b", segment, re.IGNORECASE):
         return None
@@ -181,6 +209,13 @@ def _number_in(segment: str) -> str | None:
     if whole and whole.end() > match.end():
         return whole[0]
     after = tail[match.end() :]
+    share = re.match(r"\s+out\s+of\s+(\d+)(?![\d.,]*\d)", after)
+    if share:
+        return f"{match[0].strip()}/{share[1]}" if match[0].strip().isdecimal() else None
+    if re.match(rf"\s+and\s+(?:an?|{NUMERATOR})[\s-]+(?:{PART})\b", after, re.IGNORECASE):
+        return in_words(tail[match.start() :])
+    if _GOES_ON.match(tail, match.end()):
+        return None
     clock = re.match(r":\d\d?(?!\d)", after)
     if _ANOTHER.match(after) or (clock and clock[0] != ":00"):
         return None
@@ -216,6 +251,8 @@ def _values(text: str) -> list[Any]:
         return [sympy.Rational(value.numerator, value.denominator) for value in units[1:]]
     exact = _plain_value(text)
     if exact is None:
+        if too_large(text):
+            return []
         text = re.sub(r"(?<=\d)\s*[x×]\s*(?=\d)", "*", text.replace("÷", "/"))
         latex = f"${text}$" if re.search(r"[\\^]", text) else text
         return list(parse(latex, extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()]))
@@ -228,10 +265,15 @@ def _values(text: str) -> list[Any]:
     return [value] if scale is None else [value, value * sympy.Rational(scale.numerator, scale.denominator)]
 
 
+def too_large(text: str) -> bool:
+    """Return whether a text holds a power or factorial whose value would take seconds or all memory."""
+    return _HUGE.search(text) is not None
+
+
 def _scale(text: str) -> Fraction | None:
     """Return what the word after a number multiplies it by."""
-    match = re.search(rf"(?<![A-Za-z])({SCALE})(?!\w)", text)
-    return SCALES[match[1]] if match else None
+    match = re.search(rf"(?<![A-Za-z])({SCALE}|(?<=\d)[kKM])(?!\w)", text)
+    return (SCALES | _SHORT_SCALES)[match[1]] if match else None
 
 
 def _plain_value(text: str) -> Fraction | None:
@@ -243,7 +285,7 @@ def _plain_value(text: str) -> Fraction | None:
     match = _NUMBER.fullmatch(text.strip().rstrip("."))
     if not match or len(text) > _LONGEST_NUMBER:
         return None
-    plain = re.sub(rf"[{_CURRENCY}+]|%|percent|{SCALE}", "", match[0]).replace("−", "-").replace("–", "-")
+    plain = re.sub(rf"[{_CURRENCY}+]|%|percent|{SCALE}|[kKM]$", "", match[0]).replace("−", "-").replace("–", "-")
     if re.search(_EUROPEAN, plain):
         plain = plain.replace(".", "").replace(",", ".")
     plain = plain.replace(",", "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from mambacus.evals.answers import Extraction, extract_number, first_answer, last_boxed, marked_segment
+from mambacus.evals.answers import Extraction, extract_number, first_answer, last_boxed, marked_segment, too_large
 
 _LONGEST = 300  # characters: what is longer is no answer, and sympy would not come back
 _FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -37,6 +37,8 @@ def same_expression(gold: str, predicted: str) -> bool:
         return False
     if _plain(gold) == _plain(predicted):
         return True
+    if too_large(gold) or too_large(predicted):
+        return False
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     kinds = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())

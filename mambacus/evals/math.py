@@ -286,6 +286,10 @@ def _majority_right(group: Sequence[Mapping[str, Any]], k: int, seed: str) -> fl
     """Return how often the majority of ``k`` of a problem's samples is right; samples without an answer do not vote."""
     chance = random.Random(seed)
     subsets = [group] if k == len(group) else [chance.sample(group, k) for _ in range(VOTE_SUBSETS)]
-    verdicts = {item["vote"]: item["correct"] for item in group if item["vote"] is not None}
+    # Votes of one spelling are graded alike but for rounding; where they are not, in any order, the spelling is wrong.
+    verdicts: dict[str, bool] = {}
+    for item in group:
+        if item["vote"] is not None:
+            verdicts[item["vote"]] = verdicts.get(item["vote"], True) and bool(item["correct"])
     winners = [stats.majority([item["vote"] for item in subset]) for subset in subsets]
     return sum(winner is not None and verdicts[winner] for winner in winners) / len(subsets)

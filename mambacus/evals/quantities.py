@@ -10,6 +10,7 @@ _SLASHES = str.maketrans({"\u2044": "/", "\u2215": "/", "\u2010": "-", "\u2011":
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # to ASCII
 _VULGAR = re.compile(r"(\d?)([\u00bc-\u00be\u2150-\u215e])")  # one half, three quarters ... as one character
 _GROUPS = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")  # spaces that do not break a line
+_MARKED_GROUPS = re.compile(r"(?<=\d)(?:\\[,;:! ]|['’_])(?=\d{3}(?!\d))")  # 1'234, 1_000, LaTeX's 12\,000
 _SPACED = re.compile(r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d/]| */)")
 
 SCALES = {
@@ -44,7 +45,22 @@ _WORDS = {
     "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60,
     "seventy": 70, "eighty": 80, "ninety": 90,
 }  # fmt: skip
-_NAMED = "|".join([*_WORDS, "hundred", "thousand", "million", "dozen", "half"])
+_PARTS = {
+    "half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9,
+    "tenth": 10,
+}  # fmt: skip
+PART = "halves|" + "|".join(f"{name}s?" for name in _PARTS)
+NUMERATOR = "|".join(_WORDS)
+_WHOLE = rf"-?\d+|(?:{NUMERATOR}|hundred|thousand)(?:(?:[\s-]+|\s+and\s+)(?:{NUMERATOR}|hundred|thousand))*?"
+_FRACTION = re.compile(  # a third and two thirds, never "two third"; a bare half or quarter
+    rf"\W*(?:(minus|negative)\s+)?(?:({_WHOLE})\s+and\s+)?"
+    rf"(?:(?:an?|one)[\s-]+({'|'.join(_PARTS)})|(half|quarter)|({NUMERATOR})[\s-]+(halves|(?:{'|'.join(_PARTS)})s))\b",
+    re.I,
+)
+_GOES_ON = re.compile(
+    rf"[\s-]+(?:and\s+)?(?:an?\s+)?(?:{PART}|{NUMERATOR}|dozen|hundred|thousand|million|out\s+of)\b", re.I
+)
+_NAMED = "|".join([*_WORDS, "hundred", "thousand", "million", "dozen"])
 _IN_WORDS = re.compile(
     rf"\W*((?:(?:minus|negative)\s+)?(?:an?\s+)?(?:{_NAMED})(?:(?:[\s-]+|\s+and\s+)(?:{_NAMED}))*)\b(?!\s+of\b)", re.I
 )
@@ -55,6 +71,7 @@ def plain_digits(text: str) -> str:
 
     ``３½`` becomes ``3 1/2``; digits of other scripts stay, they are digits.
     """
+    text = _MARKED_GROUPS.sub("", text)
     if text.isascii():
         return text
     text = text.translate(_FULL_WIDTH)
@@ -80,19 +97,37 @@ def two_units(text: str) -> tuple[str, Fraction, Fraction] | None:
 
 def in_words(text: str) -> str | None:
     """Return, in digits, the number in English words at the beginning of a text; None if there is none."""
+    part = _FRACTION.match(text)
+    if part is not None:
+        return None if _GOES_ON.match(text, part.end()) else _mixed(part)
     match = _IN_WORDS.match(text)
-    if match is None:
+    if match is None or _GOES_ON.match(text, match.end()):
         return None
-    words = [word for word in re.split(r"[\s-]+", match[1].lower()) if word not in ("and", "a", "an")]
+    return str(_value(match[1]))
+
+
+def _mixed(match: re.Match[str]) -> str:
+    """Return the value of a fraction in words, with what stands whole before it."""
+    sign, whole, *single, count, plural = match.groups()
+    name = (single[0] or single[1] or plural).lower()
+    below = 2 if name == "halves" else _PARTS[name.removesuffix("s")]
+    value = Fraction(_WORDS[count.lower()] if count else 1, below)
+    if whole:
+        before = Fraction(whole) if whole[-1].isdecimal() else _value(whole)
+        value = before - value if whole.startswith("-") else before + value
+    return str(-value if sign else value)
+
+
+def _value(named: str) -> Fraction:
+    """Return the value of number words."""
+    words = [word for word in re.split(r"[\s-]+", named.lower()) if word not in ("and", "a", "an")]
     negative = words[0] in ("minus", "negative")
     total, part = Fraction(0), Fraction(0)
     for word in words[negative:]:
-        if word == "half":
-            part += Fraction(1, 2)
-        elif word in _WORDS:
+        if word in _WORDS:
             part += _WORDS[word]
         elif word in ("hundred", "dozen"):
             part = (part or 1) * SCALES[word]
         else:
             total, part = total + (part or 1) * SCALES[word], Fraction(0)
-    return str(-(total + part) if negative else total + part)
+    return -(total + part) if negative else total + part

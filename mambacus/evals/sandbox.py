@@ -55,7 +55,7 @@ class Outcome:
         status: ``ok``; ``error`` (it raised); ``forbidden`` (it tried to reach outside); ``time``, ``memory`` or
             ``output`` (it used more than it may); ``crash`` (a signal ended it); ``too long`` (it was not run);
             ``unavailable`` (this machine cannot hold it: not run).
-        detail: the exception, the thing it tried or the signal.
+        detail: the exception, the thing it tried or the signal; for ``time``, whether ``CPU`` or ``clock`` ran out.
         answer: the last line it printed, else the value it left; None if neither or if it did not end well.
     """
 
@@ -94,7 +94,7 @@ def run_program(source: str, limits: Limits = Limits()) -> Outcome:
         code = None if cut is not None else process.wait(max(0.0, deadline - time.monotonic()))
         return _judge(printed, verdict, cut, code)
     except subprocess.TimeoutExpired:  # it closed its pipes and stayed
-        return Outcome("time", "", None)
+        return Outcome("time", "clock", None)
     finally:
         process.kill()
         process.wait()
@@ -148,12 +148,13 @@ def _read(process: subprocess.Popen[bytes], limits: Limits, deadline: float) -> 
 
 def _judge(printed: bytes, verdict: bytes, cut: str | None, code: int | None) -> Outcome:
     if cut is not None:
-        return Outcome(cut, "", None)
+        return Outcome(cut, "clock" if cut == "time" else "", None)
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         if -code == signal.SIGSYS:
             return Outcome("forbidden", "system call", None)
-        return Outcome("time" if -code in (signal.SIGXCPU, signal.SIGKILL) else "crash", name, None)
+        spent = -code in (signal.SIGXCPU, signal.SIGKILL)
+        return Outcome("time", f"CPU, {name}", None) if spent else Outcome("crash", name, None)
     said = _said(verdict)
     if said is None:
         return Outcome("error", "the program left without a verdict", None)

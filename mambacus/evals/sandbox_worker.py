@@ -12,6 +12,7 @@ audit hook, which only serves to name what a program tried: ``import socket``, `
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import io
 import json
@@ -23,9 +24,10 @@ import sys
 from typing import Any
 
 PREIMPORTED = (
-    "__future__", "abc", "bisect", "cmath", "collections", "collections.abc", "copy", "dataclasses", "datetime",
-    "decimal", "enum", "fractions", "functools", "heapq", "itertools", "math", "numbers", "operator", "random", "re",
-    "statistics", "string", "time", "types", "typing", "_strptime",
+    "__future__", "abc", "array", "bisect", "calendar", "cmath", "collections", "collections.abc", "contextlib", "copy",
+    "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "heapq", "itertools", "json", "math",
+    "numbers", "operator", "pprint", "random", "re", "statistics", "string", "textwrap", "time", "types", "typing",
+    "_strptime",
 )  # fmt: skip
 # Audit events of plain Python: what they do stays inside the process.
 HARMLESS = frozenset(
@@ -165,6 +167,7 @@ def _watch(report: Any) -> None:
 
 def _outcome(source: str) -> tuple[str, str, str | None]:
     """Run the program and return status, detail and the value it leaves if it prints none."""
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # site, which is left out, has them
     names: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
     try:
         exec(compile(source, NAME, "exec"), names)
@@ -174,7 +177,16 @@ def _outcome(source: str) -> tuple[str, str, str | None]:
     except SystemExit:
         return "ok", "", None
     except BaseException as error:  # noqa: BLE001 -- whatever the program raises is its own fault, told by name
-        return "error", f"{type(error).__name__}: {error}", None
+        return "error", _described(error), None
+
+
+def _described(error: BaseException) -> str:
+    """Return the name and the message of an exception whose class the program may have written."""
+    name = type.__dict__["__name__"].__get__(type(error))  # a metaclass may hide it
+    try:
+        return f"{name}: {error}"
+    except BaseException:  # noqa: BLE001 -- its __str__ is the program's too
+        return f"{name}: a message that cannot be shown"
 
 
 def _value(names: dict[str, Any]) -> str | None:

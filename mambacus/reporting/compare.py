@@ -45,6 +45,8 @@ class Comparison:
         p_adjusted: after Holm's correction over all comparisons of this pair.
         higher_is_better: the metric's direction.
         test: the test and the interval in words.
+        of: items of the larger of the two runs, as their records count them; None where that was not kept.
+        missing: a warning where an items file has not the number of items that its record names, else empty.
     """
 
     base: str
@@ -64,6 +66,8 @@ class Comparison:
     p_adjusted: float
     higher_is_better: bool
     test: str
+    of: int | None = None
+    missing: str = ""
 
     @property
     def key(self) -> Key:
@@ -100,6 +104,13 @@ def compare(scores: Scores, base: str, tuned: str) -> tuple[list[Comparison], li
         shared = [item for item in before if item in after]
         if shared:
             found = _compare_items(metric, [before[item] for item in shared], [after[item] for item in shared])
+            seen = ((base, one.n, len(before)), (tuned, two.n, len(after)))
+            found["of"] = max(one.n, two.n)
+            found["missing"] = "; ".join(
+                f"the items file of {label} has {items:,} of its record's {n:,} items"
+                for label, n, items in seen
+                if items != n
+            )
             rows.append(
                 Comparison(base, tuned, task, metric, higher_is_better=one.higher_is_better, p_adjusted=1.0, **found)
             )
@@ -211,7 +222,10 @@ def conclusion(row: Comparison) -> str:
     else:
         text = f"{what}: {row.verdict}, {span}"
     few = row.kind == "share" and row.n < SMALL_SAMPLE
-    return f"{text}; {row.n:,} items{', a smoke test rather than a measurement' if few else ''}."
+    some = row.of is not None and row.of != row.n
+    items = f"compared on the {row.n:,} common items of {row.of:,}" if some else f"{row.n:,} items"
+    warning = f" Warning: {row.missing}." if row.missing else ""
+    return f"{text}; {items}{', a smoke test rather than a measurement' if few else ''}.{warning}"
 
 
 def _rows(values: list[Any], kind: str) -> FloatArray:

@@ -15,10 +15,10 @@ _HEAD = ("task", "metric", "items", "before", "after", "change", "95 % interval"
 
 def paired_text(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return the table and the sentences for a report record's ``comparisons``; empty if there are none."""
-    names = {field.name for field in dataclasses.fields(Comparison)}
+    names = [field.name for field in dataclasses.fields(Comparison)]
     pairs: dict[tuple[str, str], list[Comparison]] = {}
     for row in rows:
-        comparison = Comparison(**{name: row[name] for name in names})
+        comparison = Comparison(**{name: row[name] for name in names if name in row})
         pairs.setdefault((comparison.base, comparison.tuned), []).append(comparison)
     return "\n\n".join(_pair_text(base, tuned, found) for (base, tuned), found in pairs.items())
 

@@ -8,6 +8,7 @@ import pytest
 from grader_table import LETTERS, NUMBERS, OPTIONS, lm_eval_verdicts
 
 from mambacus.evals.answers import canonical, extract_letter, extract_number, first_answer, same_number
+from mambacus.evals.expressions import same_expression
 
 
 @pytest.mark.parametrize(("completion", "gold", "extracted", "reason", "correct"), NUMBERS)
@@ -57,3 +58,18 @@ def test_lm_evals_filters_are_shown_as_they_are() -> None:
 def test_the_printed_table_is_the_tables() -> None:
     page = Path(__file__).parents[2] / "docs" / "grading.md"
     assert page.read_text(encoding="utf-8").count("\n| ") == len(NUMBERS) + 1
+
+
+def test_numbers_that_grading_tells_apart_are_different_votes() -> None:
+    assert canonical("50%") == canonical("50 percent") != canonical("50")
+    assert canonical("3k") != canonical("3000") and canonical("25 cents") != canonical("25")
+    assert canonical("5 hours 30 minutes") != canonical("5.5")
+
+
+def test_huge_powers_are_refused_before_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import math_verify
+
+    monkeypatch.setattr(math_verify, "parse", lambda *_, **__: pytest.fail("parsed"))
+    for text in ("2^999999999", "10^{10^{10}}", "9^{9^{9^{9}}}", "3 × 10^999999999", "10^10^10", "999999999!"):
+        assert not same_number("5", text)
+        assert not same_expression("5", text)

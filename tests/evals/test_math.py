@@ -89,6 +89,19 @@ def test_figures_of_several_samples() -> None:
     assert figures == math.summarise([*always, *once])
 
 
+def test_a_majority_is_right_in_any_order_or_in_none() -> None:
+    problem = MathProblem(id="a", question="What share?", answer="0.5")
+    samples = []
+    for completion in ("#### 50", "#### 50", "#### 50%"):
+        verdict = math.grade(problem, completion, "cot")
+        samples.append(item("a", completion, verdict.correct) | {"vote": verdict.vote})
+    assert [sample["correct"] for sample in samples] == [False, False, True]
+    for order in (samples, samples[::-1]):
+        assert math.summarise(order)["maj_at"][3] == 0.0
+    mixed = [item("a", "x", True), item("a", "x", False), item("a", "x", True)]
+    assert math.summarise(mixed)["maj_at"][3] == math.summarise(mixed[::2] + mixed[1:2])["maj_at"][3] == 0.0
+
+
 def test_the_problem_type_is_the_data_folders() -> None:
     assert {field.name for field in dataclasses.fields(MathProblem)} >= {"id", "question", "answer", "options"}
 

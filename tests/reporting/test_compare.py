@@ -113,6 +113,17 @@ def test_only_shared_items_are_compared(tmp_path: Path):
     assert only(both(tmp_path, before, after)).n == 4
 
 
+def test_common_items_and_a_short_items_file_are_told(tmp_path: Path):
+    values = {"arc_easy": {"acc": [1.0] * 10}}
+    scores = both(tmp_path, values, values)
+    assert "10 items" in conclusion(only(scores)) and "Warning" not in conclusion(only(scores))
+    (items,) = tmp_path.glob("b*.jsonl")
+    items.write_text("".join(items.read_text().splitlines(keepends=True)[:4]))
+    said = conclusion(only(Scores(collect([tmp_path / "a.json", tmp_path / "b.json"]))))
+    assert "compared on the 4 common items of 10" in said
+    assert said.endswith("Warning: the items file of tuned has 4 of its record's 10 items.")
+
+
 def test_the_same_score_twice_is_refused(tmp_path: Path):
     for name in ("a.json", "b.json"):
         write_evaluate(tmp_path / name, "base", {"arc_easy": {"acc": [1.0, 0.0]}})
