@@ -1,8 +1,8 @@
 """Methods compared: what ``finetune --sweep`` records hold, one row and one bar per setting, over its seeds.
 
 A sweep without checks of settings that another one checked lends it seconds and memory: runs that share a machine learn
-the same but tell no time, so time is measured in a short sweep of its own. Beside a sweep that tells no time another one's
-seconds compare with nothing and are left out too.
+the same but tell no time, so time is measured in a short sweep of its own. Beside a sweep that tells no time the
+seconds of another one compare with nothing and are left out too.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _base_row(points: Sequence[Setting], found: Sequence[str]) -> list[Cell | st
 
 
 def _compared(point: Setting, points: Sequence[Setting]) -> Setting | None:
-    """Return whose seconds stand in the table: those of a sweep for costs, or its own where all settings tell theirs."""
+    """Return whose seconds stand in the table: those of a sweep for costs, or its own if all settings have some."""
     return point.timed if point.timed is not point or all(one.timed for one in points) else None
 
 
