@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mambacus.reporting.formats import fixed, milliseconds, percent, rate, reference
+from mambacus.reporting.formats import fixed, milliseconds, percent, rate, reference, size
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.table import Cell, Table, filled, make_table
 
 NAME_LENGTH = 60  # characters shown of a kernel's name; those of templates go on for hundreds
 LONGEST = 3  # kernels of a step that are named
-DECODING = ("step", "engine", "check", "kernels")  # first words of the cases of ``gpu_decode_step.py``
+DECODING = ("step", "prefill", "engine", "check", "kernels")  # first words of the cases of ``gpu_decode_step.py``
 
 _ENGINE = (
     "Engine.generate from its prompts to the last token, median of three runs: tokens a second count the reading of the"
@@ -20,7 +20,10 @@ _ENGINE = (
 _STEP = (
     "One token of every row, as the decoder replays it. “Fused” are the kernels of a step as they are chosen; “modules”"
     " is the model's own code as a graph. The limit is the time in which the measured copy bandwidth moves every weight"
-    " once and the states twice."
+    " once and the states twice. “Wide” are kernels that were tried for 49 to 128 rows and taken out again."
+)
+_PREFILL = (
+    "A prompt of every row read at once, as it is (“eager”) and from a recorded graph: the host's part and the whole."
 )
 _CHECK = (
     "Errors of one step against float64, relative to the norm: the fused kernels beside the model's modules, both in"
@@ -33,6 +36,12 @@ _PROFILE = (
 )
 _LAUNCHES = (
     "The fastest launch of every kernel and shape (batch × channels × tokens), and how far the others lie behind."
+)
+
+
+_PROCESSES = (
+    "The same training on one GPU and on two, largest difference of a loss and of the saved weights; the peak is the"
+    " first process's. The runs went at the same time and tell no speed."
 )
 
 
@@ -52,8 +61,8 @@ def is_decode_case(row: dict[str, Any]) -> bool:
 def gpu_tables(sources: Sequence[Source]) -> tuple[Table, ...]:
     """Return the tables of the GPU scripts' records."""
     found = of_kind(sources, "bench")
-    return (engine_table(found), step_table(found), check_table(found), kernel_table(found), profile_table(found),
-            launch_table(found))  # fmt: skip
+    return (engine_table(found), step_table(found), prefill_table(found), check_table(found), kernel_table(found),
+            profile_table(found), launch_table(found), processes_table(found))  # fmt: skip
 
 
 def engine_table(sources: Sequence[Source]) -> Table:
@@ -94,24 +103,45 @@ def step_table(sources: Sequence[Source]) -> Table:
     return make_table("gpu-step", columns, body, title="The one-token step", about=_STEP)
 
 
+def prefill_table(sources: Sequence[Source]) -> Table:
+    """The reading of prompts: one row a case and way."""
+    body: list[list[Cell | str]] = []
+    for source, model, (rows, prompt), result in _cases(sources, "prefill"):
+        head: list[Cell | str] = [_model(model, source), f"{rows:,} × {prompt:,}"]
+        if "error" in result:
+            body.append([*head, Cell(str(result["error"]), style="error"), "", "", ""])
+            continue
+        for way in ("eager", "graph"):
+            timed, differ = result[way], result["logits_differ"] if way == "graph" else None
+            body.append([
+                *head, way, milliseconds(timed["host_ms"]), milliseconds(timed["wall_ms"]),
+                "–" if differ is None else fixed(differ, ".2g"),
+            ])  # fmt: skip
+    columns = ("Model", "#Rows × tokens", "Way", "#Host", "#Whole", "#Logits differ from eager")
+    return make_table("gpu-prefill", columns, body, title="Reading prompts", about=_PREFILL)
+
+
 def check_table(sources: Sequence[Source]) -> Table:
-    """The errors of a step: one row a case."""
+    """The errors of a step: one row a case, or one for each way that it checked."""
     body: list[list[Cell | str]] = []
     for source, model, (rows,), result in _cases(sources, "check"):
         head: list[Cell | str] = [_model(model, source), f"{rows:,}"]
         if "error" in result:
-            body.append([*head, Cell(str(result["error"]), style="error"), "", "", "", ""])
+            body.append([*head, "", Cell(str(result["error"]), style="error"), "", "", "", ""])
             continue
-        errors = [
-            Cell(fixed(result[what]["fused"], ".2e"), f"modules {fixed(result[what]['modules'], '.2e')}")
-            for what in ("logits", "conv_state", "ssm_state")
-        ]
-        body.append([
-            *head, *errors, percent(result["same_argmax"]),
-            Cell("yes" if result["right"] else "no", style="" if result["right"] else "error"),
-        ])  # fmt: skip
-    columns = ("Model", "#Rows", "#Logits", "#Convolution's state", "#State", "#Same likeliest token", "Passed")
-    return make_table("gpu-step-check", columns, body, title="The step against float64", about=_CHECK)
+        ways = {"": result} if "logits" in result else {way: got for way, got in result.items() if way != "right"}
+        for way, got in ways.items():
+            errors = [
+                Cell(fixed(got[what]["fused"], ".2e"), f"modules {fixed(got[what]['modules'], '.2e')}")
+                for what in ("logits", "conv_state", "ssm_state")
+            ]
+            body.append([
+                *head, way, *errors, percent(got["same_argmax"]),
+                Cell("yes" if got["right"] else "no", style="" if got["right"] else "error"),
+            ])  # fmt: skip
+    columns = ("Model", "#Rows", "Kernels", "#Logits", "#Convolution's state", "#State", "#Same likeliest token",
+               "Passed")  # fmt: skip
+    return filled(make_table("gpu-step-check", columns, body, title="The step against float64", about=_CHECK))
 
 
 def kernel_table(sources: Sequence[Source]) -> Table:
@@ -122,20 +152,28 @@ def kernel_table(sources: Sequence[Source]) -> Table:
         if isinstance(result, dict):
             body.append([*head, Cell(str(result["error"]), style="error"), "", "", ""])
             continue
-        for kernel in dict.fromkeys(row["kernel"] for row in result):
-            timed = [row for row in result if row["kernel"] == kernel and "us" in row]
-            failed = sum(row["kernel"] == kernel for row in result) - len(timed)
+        for kernel, wide in dict.fromkeys((row["kernel"], _wide(row)) for row in result if row["what"] != "torch"):
+            tried = [row for row in result if row["kernel"] == kernel]
+            tried = [row for row in tried if row["what"] == "torch" or _wide(row) == wide]
+            timed = [row for row in tried if "us" in row]
+            failed = len(tried) - len(timed)
             torch = [row for row in timed if row["what"] == "torch"]
             ways = {_way(row["what"]): row for row in timed if row["what"] != "torch" and "projects" in row["what"]}
             if ways:
                 body += [[*head, f"{kernel}, {way}", _fastest([row]), "", ""] for way, row in ways.items()]
                 continue
-            ours = [row for row in timed if row not in torch and row["what"]["chosen"]]
+            ours = [row for row in timed if row not in torch and row["what"].get("chosen", True)]
             others = [row for row in timed if row not in torch and row not in ours]
-            note = f"{kernel} ({failed} launches failed)" if failed else kernel
+            name = f"{kernel}, wide" if wide else kernel
+            note = f"{name} ({failed} launches failed)" if failed else name
             body.append([*head, note, *(_fastest(some) for some in (ours, others, torch))])
     columns = ("Model", "#Rows", "Kernel", "#A layer", "#Other launches", "#torch")
     return make_table("gpu-step-kernels", columns, body, title="Kernels of the step", about=_KERNELS)
+
+
+def _wide(row: dict[str, Any]) -> bool:
+    """Return whether a launch is one of the products through shared memory, which were taken out again."""
+    return "splits" in row["what"]
 
 
 def _way(what: dict[str, Any]) -> str:
@@ -193,6 +231,30 @@ def launch_table(sources: Sequence[Source]) -> Table:
             body += [[_shape(shape, mark), _short(name), milliseconds(ms), "the op alone"] for name, ms in ops.items()]
     columns = ("Shape", "Kernel", "#Time", "What")
     return make_table("gpu-launches", columns, body, title="Launches and kernels", about=_LAUNCHES)
+
+
+def is_processes_case(row: dict[str, Any]) -> bool:
+    """Return whether a row is a comparison of ``two_gpus.py``."""
+    return {"what", "kind", "processes", "peak_gib"} <= row.keys()
+
+
+def processes_table(sources: Sequence[Source]) -> Table:
+    """What ``two_gpus.py`` compared: one row a run, each beside the one of one GPU."""
+    body: list[list[Cell | str]] = []
+    for source in sources:
+        for row in filter(is_processes_case, source.record.results.get("rows", [])):
+            way = {"one": "one GPU", "whole": "DDP", "shared": "FSDP2"}
+            kind = " then ".join(way.get(part, part) for part in row["kind"].split(" then "))
+            alone = row["kind"] == "one"
+            body.append([
+                Cell(row["what"], reference([source.number]).strip()), kind, f"{row['processes']:,}",
+                *("–" if alone else fixed(row[part], ".1e") for part in ("loss", "weight")),
+                size(row["peak_gib"] * 2**30),
+                "–" if alone else Cell("yes" if row["right"] else "no", style="" if row["right"] else "error"),
+            ])  # fmt: skip
+    columns = ("Run", "Way", "#Processes at the end", "#Loss, part", "#Weights, part of a rate's steps",
+               "#Peak memory", "Passed")  # fmt: skip
+    return make_table("two-gpus", columns, body, title="One GPU and two", about=_PROCESSES)
 
 
 def _cases(sources: Sequence[Source], kind: str) -> list[tuple[Source, str, list[int], Any]]:

@@ -63,15 +63,19 @@ def is_scan(row: dict[str, Any]) -> bool:
 
 
 def _from_case(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a case of the training script as a row of ``bench``; ``lora-graph`` is LoRA as a recorded graph."""
-    name, model, shape = row["case"].split(":")
+    """Return a case of the training script as a row of ``bench``; ``lora-graph`` is LoRA as a recorded graph.
+
+    Words after the shape say how the scan's backward pass ran.
+    """
+    name, model, shape, *ways = row["case"].split(":")
     batch, seqlen = map(int, shape.split("x"))
     kind = name.removesuffix("graph").removesuffix("-")
     return {
         "benchmark": kind if kind not in ("", "lora") else "train", "graph": name.endswith("graph"),
-        "method": "lora" if kind == "lora" else "full", "implementation": "mambacus", "model": model,
-        "dtype": "bfloat16" if kind == "prefill" else "mixed", "batch": batch, "seqlen": seqlen, "median_ms": row["ms"],
-        "tokens_per_second": row["tokens_per_second"], "peak_memory_bytes": row["peak_gib"] * 2**30,
+        "method": "lora" if kind == "lora" else "full", "implementation": ", ".join(["mambacus", *ways]),
+        "model": model, "dtype": "bfloat16" if kind == "prefill" else "mixed", "batch": batch, "seqlen": seqlen,
+        "median_ms": row["ms"], "tokens_per_second": row["tokens_per_second"],
+        "peak_memory_bytes": row["peak_gib"] * 2**30,
     }  # fmt: skip
 
 

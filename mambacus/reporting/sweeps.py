@@ -1,7 +1,8 @@
 """Methods compared: what ``finetune --sweep`` records hold, one row and one bar per setting, over its seeds.
 
 A sweep without checks of settings that another one checked lends it seconds and memory: runs that share a machine learn
-the same but tell no time, so time is measured in a short sweep of its own.
+the same but tell no time, so time is measured in a short sweep of its own. Beside a sweep that tells no time the
+seconds of another one compare with nothing and are left out too.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def sweep_table(points: Sequence[Setting]) -> Table:
             fixed(point.mean("learning_rate"), ".2g"),
         ]
         row += [_check_cell(what, point.checks(what)) for what in found]
-        row += [fixed(point.mean("loss_last"), ".3f"), *_cost_cells(point)]
+        row += [fixed(point.mean("loss_last"), ".3f"), *_cost_cells(point, _compared(point, points))]
         body.append(row)
     columns = ("Method", "#Trained parameters", "#Learning rate", *(f"#{_title(what)}" for what in found), "#Last loss",
                "#Time", "#Tokens/s", "#Peak memory")  # fmt: skip
@@ -116,10 +117,13 @@ def sweep_table(points: Sequence[Setting]) -> Table:
 def sweep_notes(points: Sequence[Setting]) -> tuple[str, ...]:
     """Return why the table lacks time or memory of some settings."""
     shared = sorted({point.source.number for point in points if point.timed is None})
+    lone = sorted({point.source.number for point in points if point.timed and not _compared(point, points)})
     whole = sorted({point.source.number for point in points if point.weighed is None})
     notes = []
     if shared:
         notes.append(f"Time is left out{reference(shared)}: runs were at work at the same time and shared the machine.")
+    if lone:
+        notes.append(f"Time is left out{reference(lone)}: it would be compared with nothing, since others tell none.")
     if whole:
         notes.append(f"Memory is left out{reference(whole)}: the peak is that of a process that ran several trainings.")
     return tuple(notes)
@@ -136,9 +140,14 @@ def _base_row(points: Sequence[Setting], found: Sequence[str]) -> list[Cell | st
     return [Cell(Path(base).name, f"before training{_ref(points[0])}"), "–", "–", *cells, *["–"] * 4]
 
 
-def _cost_cells(point: Setting) -> list[Cell | str]:
+def _compared(point: Setting, points: Sequence[Setting]) -> Setting | None:
+    """Return whose seconds stand in the table: those of a sweep for costs, or its own if all settings have some."""
+    return point.timed if point.timed is not point or all(one.timed for one in points) else None
+
+
+def _cost_cells(point: Setting, timed: Setting | None) -> list[Cell | str]:
     """Return time, speed and memory; from a sweep for costs alone with its number."""
-    timed, weighed = point.timed, point.weighed
+    weighed = point.weighed
     cells: list[Cell | str] = ["–", "–", "–"]
     if timed is not None:
         note = "" if timed is point else _ref(timed).strip()

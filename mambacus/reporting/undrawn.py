@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mambacus.reporting.eval_speed import is_evaluation
-from mambacus.reporting.gpu_scripts import is_decode_case
+from mambacus.reporting.gpu_scripts import is_decode_case, is_processes_case
 from mambacus.reporting.sources import Source
 from mambacus.reporting.speed import is_scan, is_timing, is_training_case
 from mambacus.reporting.table import Cell, Table, make_table
@@ -67,4 +67,5 @@ def _reason(source: Source, drawn: bool) -> str:
 
 
 def _known(row: dict[str, Any]) -> bool:
-    return any(takes(row) for takes in (is_timing, is_evaluation, is_training_case, is_scan, is_decode_case))
+    kinds = (is_timing, is_evaluation, is_training_case, is_scan, is_decode_case, is_processes_case)
+    return any(takes(row) for takes in kinds)

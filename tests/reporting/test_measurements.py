@@ -176,14 +176,31 @@ def test_methods_take_time_and_memory_from_a_sweep_of_its_own_where_runs_shared_
     assert [row[0].text for row in section.tables[0].rows] == ["lora", "bitfit"]
 
 
+def test_methods_leave_the_seconds_of_one_sweep_out_beside_one_that_tells_none(tmp_path):
+    shared, other = (write_sweep(tmp_path / name) for name in ("a.json", "b.json"))
+    raw = json.loads(shared.read_text())
+    raw["results"]["one_at_a_time"] = False
+    shared.write_text(json.dumps(raw))
+    raw = json.loads(other.read_text())
+    raw["config"]["data"] = "gsm8k"  # not the same training, so its seconds are no costs of the other
+    other.write_text(json.dumps(raw))
+
+    section = build(collect([other])).section("methods")
+    assert "Time" in section.tables[0].headings and section.notes == ()
+    section = build(collect([shared, other])).section("methods")
+    assert not {"Time", "Tokens/s"} & set(section.tables[0].headings)
+    assert [note.partition(":")[0] for note in section.notes] == ["Time is left out [1]", "Time is left out [2]"]
+
+
 @pytest.mark.parametrize("name", ["methods", "methods-gsm8k"])
 def test_the_documentation_of_methods_prints_the_tables_of_the_records(name):
     root = Path(__file__).parents[2]
     text = (root / "docs" / "methods.md").read_text()
-    (path,) = (root / "benchmarks").glob(f"gpu-{name}-20*.json")
-    section = build(collect([path, *(root / "benchmarks").glob(f"gpu-{name}-solo-20*.json")])).section("methods")
+    parts = ("20", "[0-9]-20", "solo-20")  # the first record, those that add methods to it, and one of costs
+    paths = [path for part in parts for path in sorted((root / "benchmarks").glob(f"gpu-{name}-{part}*.json"))]
+    section = build(collect(paths)).section("methods")
     assert f"\n{markdown(section.tables[0])}\n" in text
-    assert f"benchmarks/{path.name}" in text and f"(images/{name}.svg)" in text
+    assert all(f"benchmarks/{path.name}" in text for path in paths) and f"(images/{name}.svg)" in text
 
 
 def test_methods_put_better_to_the_right_on_every_panel(page):

@@ -77,6 +77,48 @@ def test_the_training_script_tells_where_the_time_goes(tmp_path):
     assert cells[1:5] == ["172 ms", "5.21 ms", "171 ms", "3,059"] and cells[5] == "k" * 59 + "… 49.4 ms in 48"
 
 
+def test_cases_that_later_scripts_measured(tmp_path):
+    errors = {part: {"fused": 0.005, "modules": 0.006} for part in ("logits", "conv_state", "ssm_state")}
+    checked = {**errors, "right": True, "same_argmax": 1.0}
+    timed = {"host_ms": 35.0, "wall_ms": 36.0}
+    kernels = [
+        {"kernel": "in", "what": "torch", "us": 14.0, "gb_s": 2400},
+        {"kernel": "in", "what": TILING | {"chosen": True}, "us": 13.5, "gb_s": 2475},
+        {"kernel": "in", "what": {"m_tiles": 4, "splits": 1, "chosen": True}, "us": 23.0, "gb_s": 1400},
+        {"kernel": "delta", "what": {}, "us": 4.25, "gb_s": 243},
+    ]
+    run = {"what": "lora float32", "loss": 2e-7, "weight": 1e-4, "right": True, "processes": 2, "peak_gib": 1.5}
+    rows = [
+        {"case": "check:1.4b:64", "result": {"right": False, "few": checked, "wide": checked | {"right": False}}},
+        {"case": "prefill:1.4b:1:16",
+         "result": {"eager": timed, "graph": timed | {"host_ms": 1.5}, "logits_differ": 0.0}},
+        {"case": "prefill:2.8b:1:16", "result": {"error": "no room"}},
+        {"case": "kernels:1.4b:64", "result": kernels},
+        {"case": "graph:1.4b:4x2048:again:one-set", "ms": 186.0, "tokens_per_second": 44044, "peak_gib": 30.0},
+        run | {"kind": "one", "loss": 0.0, "weight": 0.0, "processes": 1, "peak_gib": 3.0},
+        run | {"kind": "shared then one", "processes": 1}, run | {"kind": "whole", "right": False},
+    ]  # fmt: skip
+    page = page_of(tmp_path, {"rows": rows})
+    assert [[row[2], row[-1]] for row in texts(table(page, "gpu-step-check"))] == [["few", "yes"], ["wide", "no"]]
+    assert texts(table(page, "gpu-prefill")) == [
+        ["1.4b", "1 × 16", "eager", "35 ms", "36 ms", "–"],
+        ["1.4b", "1 × 16", "graph", "1.5 ms", "36 ms", "0"],
+        ["2.8b", "1 × 16", "no room", "", "", ""],
+    ]
+    assert texts(table(page, "gpu-step-kernels")) == [
+        ["1.4b", "64", "in", "13.50 µs", "–", "14.00 µs"],
+        ["1.4b", "64", "in, wide", "23.00 µs", "–", "14.00 µs"],
+        ["1.4b", "64", "delta", "4.25 µs", "–", "–"],
+    ]
+    assert texts(table(page, "speed"))[0][1] == "mambacus, again, one-set, graph"
+    assert texts(table(page, "two-gpus")) == [
+        ["lora float32", "one GPU", "1", "–", "–", "3 GiB", "–"],
+        ["lora float32", "FSDP2 then one GPU", "1", "2.0e-07", "1.0e-04", "1.5 GiB", "yes"],
+        ["lora float32", "DDP", "2", "2.0e-07", "1.0e-04", "1.5 GiB", "no"],
+    ]
+    assert page.undrawn.rows == ()
+
+
 def test_the_fastest_launch_stands_for_its_kernel(tmp_path):
     launches = [
         {"shape": [8, 1536, 2048], "kernel": "forward", "plan": [4, 32, 4, 2048], "ms": 0.25},
