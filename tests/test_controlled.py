@@ -197,7 +197,7 @@ def test_bad_recipes_are_one_line(change, message):
 def test_bad_calls_exit_with_2(capsys, tmp_path):
     for argv, message in (
         (["mqra"], "did you mean 'mqar'"),
-        ([str(tmp_path / "none.yaml")], "no such file"),
+        ([str(tmp_path / "none.yaml")], "no such recipe"),
         (["mqar", "--limit-steps", "-1"], "--limit-steps: expected 0 or more"),
         (["mqar", "--device", "tpu", "--out", str(tmp_path / "o")], "--device: expected auto, cpu"),
     ):

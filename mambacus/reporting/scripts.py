@@ -86,8 +86,7 @@ def parity_table(sources: Sequence[Source]) -> Table:
     body: list[list[Cell | str]] = [
         [
             _named(row["task"], source), f"{row['batch_size']:,}", f"{row['requests']:,}",
-            f"{row['worst_nats']:.1e}" if row["worst_nats"] else "–",
-            f"{row['worst_rolling']:.1e}" if row["worst_rolling"] else "–",
+            fixed(row["worst_nats"] or None, ".1e"), fixed(row["worst_rolling"] or None, ".1e"),
             f"{row['greedy_differ'] + row['texts_differ']:,}", f"{row['metrics_differ']:,}",
             "yes" if row["held"] else "no",
         ]
