@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mambacus.models.signature import Signature
     from mambacus.tuning.methods import Method
     from mambacus.tuning.packing import Plan, PlannedBatches
-    from mambacus.tuning.prepare import Prepared
+    from mambacus.tuning.prepare import DataSettings, Prepared
 
 RECORD = "record.json"
 LEFT_OUT = "left_out.jsonl"
@@ -213,28 +213,36 @@ def _settled(config: Config) -> tuple[Method, Config, dict[str, Any]]:
     return method, config, _options(config.options)
 
 
-def check_early(config: Config) -> list[str]:
-    """Return the faults that need no model: of the settings, the options, the first row of the data."""
+def check_early(configs: Iterable[Config]) -> Iterator[tuple[Config, str]]:
+    """Yield the faults that need no model, each with its run: of the settings, the options, the first row of the data.
+
+    Data that several runs read alike are looked at once.
+    """
     from mambacus.runtime.device import resolve_device
     from mambacus.tuning.methods import AdapterSettings
     from mambacus.tuning.prepare import check_source
     from mambacus.tuning.trainer import choose_autocast
 
-    def settings() -> None:
+    def settings(config: Config) -> None:
         method, one, options = _settled(config)
         method.check(AdapterSettings(one.rank, one.alpha, one.dropout, one.targets, options))
 
-    faults = []
-    for look in (
-        settings,
-        lambda: choose_autocast(config.dtype, resolve_device(config.device)),
-        lambda: check_source(_data_settings(config)),
-    ):
-        try:
-            look()
-        except UserError as error:
-            faults.append(str(error))
-    return faults
+    def device(config: Config) -> None:
+        choose_autocast(config.dtype, resolve_device(config.device))
+
+    def data(config: Config) -> None:
+        wanted = _data_settings(config)
+        if wanted not in looked_at:
+            looked_at.add(wanted)
+            check_source(wanted)
+
+    looked_at: set[DataSettings] = set()
+    for config in configs:
+        for look in (settings, device, data):
+            try:
+                look(config)
+            except UserError as error:
+                yield config, str(error)
 
 
 def _check(config: Config) -> None:
@@ -271,7 +279,7 @@ def _options(words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _data_settings(config: Config) -> Any:
+def _data_settings(config: Config) -> DataSettings:
     from mambacus.tuning.prepare import DataSettings
 
     return DataSettings(

@@ -8,7 +8,7 @@ import gc
 import itertools
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mambacus.runtime.config import from_mapping
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Record, Stopwatch, read_record, write_record
 
+Check = Callable[[Sequence[Any]], Iterable[tuple[Any, str]]]  # runs -> the faults found early, with the run of each
 _FIXED = ("model", "out", "resume", "sweep", "collect")
 _WHERE = ("out", "resume", "sweep", "collect", "save_every", "data_dir", "cache")  # runs may differ in these
 
@@ -45,7 +46,7 @@ def grid(words: Sequence[str], config_class: type) -> list[dict[str, Any]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def sweep(config: Any, run: Callable[[Any], Record], check: Callable[[Any], list[str]]) -> Record:
+def sweep(config: Any, run: Callable[[Any], Record], check: Check) -> Record:
     """Train every point of the grid into a folder of its own and write one comparison record; finished runs are kept.
 
     ``results``: ``axes`` (the settings that vary), ``runs``: for each its settings, parameters, losses, seconds,
@@ -84,21 +85,20 @@ def sweep(config: Any, run: Callable[[Any], Record], check: Callable[[Any], list
     return record
 
 
-def _check(ones: Sequence[Any], check: Callable[[Any], list[str]], collecting: bool) -> None:
+def _check(ones: Sequence[Any], check: Check, collecting: bool) -> None:
     """Refuse a grid of which a run would be refused, or two would share a folder.
 
     Raises:
         UserError: naming the faults of all runs, each once.
     """
     faults: dict[str, str] = {}
-    taken: dict[Path, Any] = {}
+    taken: set[Path] = set()
     for one in ones:
         if one.out in taken:
             faults.setdefault(f"two runs would share the folder {one.out.name}", "")
-        taken[one.out] = one
-        if collecting:
-            continue
-        for fault in check(one):
+        taken.add(one.out)
+    if not collecting:
+        for one, fault in check(ones):
             faults.setdefault(fault, f"{one.out.name}: ")
     if faults:
         raise UserError("--sweep: " + "; ".join(where + fault for fault, where in faults.items()))

@@ -163,9 +163,8 @@ class PromptPasses:
             return None
         rows, tokens = BUCKETS[bisect.bisect_left(BUCKETS, len(parts))], LENGTHS[bisect.bisect_left(LENGTHS, longest)]
         numbers = rows * tokens * config.d_model * config.d_inner
-        state_bytes = (
-            rows * config.n_layer * config.d_inner * (4 * config.d_state + self._base.dtype.itemsize * config.d_conv)
-        )
+        one = MambaState.zeros(config, 1, "meta", self._base.dtype)
+        state_bytes = rows * (one.conv_state.nbytes + one.ssm_state.nbytes)
         if rows * tokens > MOST_TOKENS or numbers > MOST_NUMBERS or state_bytes > self._most_state_bytes():
             return None
         return Shape(rows, tokens, padded=(len(parts), shortest) != (rows, tokens))

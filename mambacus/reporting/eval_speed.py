@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mambacus.reporting.formats import duration, finite, rate, reference, show, size
+from mambacus.reporting.formats import duration, finite, rate, reference, show, size, whole
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.table import Cell, Table, filled, make_table
 
@@ -50,18 +50,13 @@ def _row(source: Source, row: dict[str, Any]) -> list[Cell | str]:
     speedup, compared = row.get("speedup"), row.get("compared_documents")
     return [
         *head,
-        _whole(row.get("documents")),
+        whole(row.get("documents")),
         duration(row.get("seconds")),
         rate(row.get("documents_per_second")),
-        Cell(_whole(read), f"of {_whole(naive)}" if naive is not None else ""),
+        Cell(whole(read), f"of {whole(naive)}" if naive is not None else ""),
         "–" if finite(speedup) is None else f"{speedup:.2f} ×",
-        "–" if compared is None else f"{_whole(row.get('same_documents'))} of {_whole(compared)}",
+        "–" if compared is None else f"{whole(row.get('same_documents'))} of {whole(compared)}",
         ", ".join(f"{metric} {show(metric, value)}" for metric, value in metrics.items()) or "–",
         size(row.get("peak_memory_bytes")),
         str(row.get("device", "")),
     ]
-
-
-def _whole(value: Any) -> str:
-    found = finite(value)
-    return "–" if found is None else f"{int(found):,}"

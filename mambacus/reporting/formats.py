@@ -104,6 +104,12 @@ def p_text(p: float) -> str:
     return f"{digit} × 10{str(int(power)).translate(_RAISED)}"
 
 
+def whole(value: Any) -> str:
+    """Return a whole number with all its digits, or a dash."""
+    found = finite(value)
+    return "–" if found is None else f"{int(found):,}"
+
+
 def count(value: Any) -> str:
     """Return a large count with three digits and a prefix, for example ``26.2 T``; or a dash."""
     found = finite(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mambacus.reporting.formats import fixed, milliseconds, percent, rate, reference, size
+from mambacus.reporting.formats import fixed, milliseconds, percent, rate, size
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.table import Cell, Table, filled, make_table
 
@@ -69,7 +69,7 @@ def engine_table(sources: Sequence[Source]) -> Table:
     """Generation from end to end: one row a case."""
     body: list[list[Cell | str]] = []
     for source, model, (rows, prompt, new), result in _cases(sources, "engine"):
-        head: list[Cell | str] = [_model(model, source), f"{rows:,}", f"{prompt:,} + {new:,}"]
+        head: list[Cell | str] = [Cell(model, source.mark), f"{rows:,}", f"{prompt:,} + {new:,}"]
         if "error" in result:
             body.append([*head, Cell(str(result["error"]), style="error"), "", "", "", ""])
             continue
@@ -86,7 +86,7 @@ def step_table(sources: Sequence[Source]) -> Table:
     """The one-token step: one row a case and way."""
     body: list[list[Cell | str]] = []
     for source, model, (rows,), result in _cases(sources, "step"):
-        head: list[Cell | str] = [_model(model, source), f"{rows:,}"]
+        head: list[Cell | str] = [Cell(model, source.mark), f"{rows:,}"]
         if "error" in result:
             body.append([*head, "", Cell(str(result["error"]), style="error"), "", "", "", ""])
             continue
@@ -107,7 +107,7 @@ def prefill_table(sources: Sequence[Source]) -> Table:
     """The reading of prompts: one row a case and way."""
     body: list[list[Cell | str]] = []
     for source, model, (rows, prompt), result in _cases(sources, "prefill"):
-        head: list[Cell | str] = [_model(model, source), f"{rows:,} × {prompt:,}"]
+        head: list[Cell | str] = [Cell(model, source.mark), f"{rows:,} × {prompt:,}"]
         if "error" in result:
             body.append([*head, Cell(str(result["error"]), style="error"), "", "", ""])
             continue
@@ -125,7 +125,7 @@ def check_table(sources: Sequence[Source]) -> Table:
     """The errors of a step: one row a case, or one for each way that it checked."""
     body: list[list[Cell | str]] = []
     for source, model, (rows,), result in _cases(sources, "check"):
-        head: list[Cell | str] = [_model(model, source), f"{rows:,}"]
+        head: list[Cell | str] = [Cell(model, source.mark), f"{rows:,}"]
         if "error" in result:
             body.append([*head, "", Cell(str(result["error"]), style="error"), "", "", "", ""])
             continue
@@ -148,7 +148,7 @@ def kernel_table(sources: Sequence[Source]) -> Table:
     """Each kernel of the step alone: one row a case and kernel."""
     body: list[list[Cell | str]] = []
     for source, model, (rows,), result in _cases(sources, "kernels"):
-        head: list[Cell | str] = [_model(model, source), f"{rows:,}"]
+        head: list[Cell | str] = [Cell(model, source.mark), f"{rows:,}"]
         if isinstance(result, dict):
             body.append([*head, Cell(str(result["error"]), style="error"), "", "", ""])
             continue
@@ -199,7 +199,7 @@ def profile_table(sources: Sequence[Source]) -> Table:
                 longest = row.get("kernels", [])[:LONGEST]
                 named = "; ".join(f"{_short(k['name'])} {milliseconds(k['ms'])} in {k['calls']:,}" for k in longest)
                 body.append([
-                    Cell(row["case"], reference([source.number]).strip()), milliseconds(row["ms"]),
+                    Cell(row["case"], source.mark), milliseconds(row["ms"]),
                     milliseconds(row.get("queued_ms")), milliseconds(row.get("busy_ms")),
                     f"{row['launches']:,}" if "launches" in row else "–", named or "–",
                 ])  # fmt: skip
@@ -211,7 +211,7 @@ def launch_table(sources: Sequence[Source]) -> Table:
     """What ``gpu_ops.py`` measured: the fastest launches, then every kernel's and every other op's time."""
     body: list[list[Cell | str]] = []
     for source in sources:
-        results, mark = source.record.results, reference([source.number]).strip()
+        results, mark = source.record.results, source.mark
         launches = results.get("launches", [])
         for shape, kernel in dict.fromkeys((tuple(row["shape"]), row["kernel"]) for row in launches):
             rows = [row for row in launches if (tuple(row["shape"]), row["kernel"]) == (shape, kernel)]
@@ -247,7 +247,7 @@ def processes_table(sources: Sequence[Source]) -> Table:
             kind = " then ".join(way.get(part, part) for part in row["kind"].split(" then "))
             alone = row["kind"] == "one"
             body.append([
-                Cell(row["what"], reference([source.number]).strip()), kind, f"{row['processes']:,}",
+                Cell(row["what"], source.mark), kind, f"{row['processes']:,}",
                 *("–" if alone else fixed(row[part], ".1e") for part in ("loss", "weight")),
                 size(row["peak_gib"] * 2**30),
                 "–" if alone else Cell("yes" if row["right"] else "no", style="" if row["right"] else "error"),
@@ -259,10 +259,6 @@ def processes_table(sources: Sequence[Source]) -> Table:
 
 def _cases(sources: Sequence[Source], kind: str) -> list[tuple[Source, str, list[int], Any]]:
     return [(s, model, sizes, got) for s in sources for name, model, sizes, got in decode_cases(s) if name == kind]
-
-
-def _model(name: str, source: Source) -> Cell:
-    return Cell(name, reference([source.number]).strip())
 
 
 def _shape(shape: Any, mark: str) -> Cell:

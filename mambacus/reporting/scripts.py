@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mambacus.reporting.formats import duration, finite, fixed, milliseconds, percent, rate, reference, size
+from mambacus.reporting.formats import duration, finite, fixed, milliseconds, percent, rate, size
 from mambacus.reporting.sources import Source, of_kind
 from mambacus.reporting.table import Cell, Table, make_table
 
@@ -24,7 +24,7 @@ def soak_table(sources: Sequence[Source]) -> Table:
         found = source.record.results
         first, memory = found["first_token_seconds"], found["memory_bytes"]
         body.append([
-            _named(source.label, source), duration(found["seconds"]),
+            Cell(source.label, source.mark), duration(found["seconds"]),
             Cell(f"{found['requests']:,}", f"{found['kinds_of_request']:,} kinds"),
             f"{sum(found['errors'].values()):,}", f"{found['wrong_texts']:,}", rate(found["requests_per_second"]),
             rate(found["tokens_per_second"]),
@@ -41,7 +41,7 @@ def tied_merge_table(sources: Sequence[Source]) -> Table:
     """An adapter on a tied embedding, before and after the merge: one row a side and stage."""
     body: list[list[Cell | str]] = [
         [
-            _named(row["side"], source),
+            Cell(row["side"], source.mark),
             row["stage"],
             fixed(row["answer_loss"], ".4f"),
             fixed(row["prose_perplexity"], ".2f"),
@@ -61,7 +61,8 @@ def prompt_states_table(sources: Sequence[Source]) -> Table:
         for name, row in source.record.results["rows"].items():
             low, high = (100 * float(end) for end in row["wilson95"])
             body.append([
-                _named(name, source), Cell(percent(row["accuracy"]), f"{fixed(low, '.1f')} to {fixed(high, '.1f')} %"),
+                Cell(name, source.mark),
+                Cell(percent(row["accuracy"]), f"{fixed(low, '.1f')} to {fixed(high, '.1f')} %"),
                 f"{row['correct']:,} of {row['n']:,}", f"{row['prompt_tokens_read']:,}",
             ])  # fmt: skip
     columns = ("Prompt", "#Accuracy, 95 %", "#Right", "#Prompt tokens read")
@@ -76,7 +77,7 @@ def arithmetic_table(sources: Sequence[Source]) -> Table:
             error = finite(row["standard_error"])
             gain = fixed(row["gain_a_problem"], "+.2f").replace("-", "−")
             nats = fixed(row["nats_a_token"], ".3f").replace("-", "−")
-            body.append([_named(name, source), nats, Cell(gain, f"standard error {error:.2f}" if error else "")])
+            body.append([Cell(name, source.mark), nats, Cell(gain, f"standard error {error:.2f}" if error else "")])
     columns = ("State", "#Nats a token", "#Gain a problem, nats")
     return make_table("state-arithmetic", columns, body, title="Arithmetic of prompt states")
 
@@ -85,7 +86,7 @@ def parity_table(sources: Sequence[Source]) -> Table:
     """Every request of a task answered by both sides: one row a task and batch size."""
     body: list[list[Cell | str]] = [
         [
-            _named(row["task"], source), f"{row['batch_size']:,}", f"{row['requests']:,}",
+            Cell(row["task"], source.mark), f"{row['batch_size']:,}", f"{row['requests']:,}",
             fixed(row["worst_nats"] or None, ".1e"), fixed(row["worst_rolling"] or None, ".1e"),
             f"{row['greedy_differ'] + row['texts_differ']:,}", f"{row['metrics_differ']:,}",
             "yes" if row["held"] else "no",
@@ -97,7 +98,3 @@ def parity_table(sources: Sequence[Source]) -> Table:
                "#Other metrics", "Within the bars")  # fmt: skip
     about = "The same requests to lm_eval's hf model and to ours, on one checkpoint in float32."
     return make_table("evaluation-parity", columns, body, title="The numbers of lm_eval", about=about)
-
-
-def _named(name: str, source: Source) -> Cell:
-    return Cell(name, reference([source.number]).strip())

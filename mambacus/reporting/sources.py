@@ -43,6 +43,11 @@ class Source:
     label: str
     command: str
 
+    @property
+    def mark(self) -> str:
+        """Its number as the page shows it: ``[3]``."""
+        return f"[{self.number}]"
+
     @functools.cached_property
     def items(self) -> list[dict[str, Any]]:
         """The item-level outputs beside the record, in file order; empty when the record has none.

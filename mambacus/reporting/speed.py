@@ -136,7 +136,7 @@ def ceiling_table(sources: Sequence[Source]) -> Table:
         if found := source.record.results.get("ceilings"):
             machine = str(source.record.environment.get("gpu") or source.record.environment.get("cpu"))
             cells = [_ceiling(found.get(key), unit, name) for key, (_, unit, name) in _CEILINGS.items()]
-            body.append([Cell(source.label, reference([source.number]).strip()), Cell(machine, style="shape"), *cells])
+            body.append([Cell(source.label, source.mark), Cell(machine, style="shape"), *cells])
     columns = ("Record", "Machine", *(f"#{title}" for title, _, _ in _CEILINGS.values()))
     about = "A large copy (bytes read and written) and large matrix products, timed before the cases of the record."
     return filled(make_table("ceilings", columns, body, title="What the machine can do", about=about))
@@ -180,7 +180,7 @@ def _scan_row(source: Source, row: dict[str, Any]) -> list[Cell | str]:
     peer = row.get("mamba_ssm_h100_ms") or (None, None)
     errors = [float(value) for value in row.get("errors", {}).values()]
     return [
-        Cell(" × ".join(f"{part:,}" for part in row["shape"]), reference([source.number]).strip(), "shape"),
+        Cell(" × ".join(f"{part:,}" for part in row["shape"]), source.mark, "shape"),
         str(row["dtype"]),
         Cell(milliseconds(forward), _times(forward, limit, "of the limit")),
         Cell(milliseconds(row.get("both_ms"))),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mambacus.reporting.compare import Comparison
-from mambacus.reporting.formats import duration, finite, fixed, p_text, percent, rate, reference, show, size
+from mambacus.reporting.formats import duration, finite, fixed, p_text, percent, rate, reference, show, size, whole
 from mambacus.reporting.lineup import Lineup
 from mambacus.reporting.metrics import metric_title, task_info, task_title
 from mambacus.reporting.panels import change_text
@@ -133,8 +133,8 @@ def training_table(sources: Sequence[Source]) -> Table:
         ("Dropped", lambda r: _counts(r.results.get("data", {}).get("dropped"))),
         ("Packing efficiency", lambda r: percent(r.results.get("data", {}).get("packing_efficiency"))),
         ("Learning rate", lambda r: _peak_rate(r)),
-        ("Steps", lambda r: _count(r.results["train"].get("steps"))),
-        ("Tokens", lambda r: _count(r.results["train"].get("tokens"))),
+        ("Steps", lambda r: whole(r.results["train"].get("steps"))),
+        ("Tokens", lambda r: whole(r.results["train"].get("tokens"))),
         ("Tokens/s", lambda r: rate(r.results["train"].get("tokens_per_second"))),
         ("Time", lambda r: duration(r.results["train"].get("seconds"))),
         (
@@ -171,7 +171,7 @@ def record_table(sources: Sequence[Source], root: Path) -> Table:
     for source in sources:
         body.append(
             [
-                f"[{source.number}]",
+                source.mark,
                 Cell(source.record.kind, source.label),
                 Cell(shown_path(source, root), style="code"),
                 Cell(source.command, style="code"),
@@ -203,7 +203,7 @@ def _numbers(numbers: list[int]) -> str:
 def _trained(parameters: dict[str, Any]) -> str:
     trainable, total = parameters.get("trainable"), parameters.get("total")
     if not trainable or not total:
-        return _count(total)
+        return whole(total)
     return f"{trainable:,} of {total:,} ({100 * trainable / total:.2f} %)"
 
 
@@ -227,11 +227,6 @@ def _peak_rate(record: Any) -> str:
         rate for row in record.results.get("history", []) if (rate := finite(row.get("learning_rate"))) is not None
     ]
     return f"{max(rates):.2g} (highest)" if rates else "–"
-
-
-def _count(value: Any) -> str:
-    found = finite(value)
-    return "–" if found is None else f"{int(found):,}"
 
 
 def _loss(value: Any) -> str:

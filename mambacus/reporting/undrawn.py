@@ -31,11 +31,11 @@ def mentioned(cells: Iterable[Cell]) -> set[int]:
 
 def empty_notice(sources: Sequence[Source], drawn: set[int]) -> tuple[str, ...]:
     """Return a sentence on records of measurements without a figure on the page; what measures nothing needs none."""
-    silent = ("study", "info", "generate", "chat", "convert", "prompt-compile")
-    empty = [source for source in sources if source.number not in drawn and source.record.kind not in silent]
+    measures = [source for source in sources if source.record.kind == "bench" or source.record.kind not in _REASONS]
+    empty = [source for source in measures if source.number not in drawn]
     if not empty:
         return ()
-    named = ", ".join(f"[{source.number}] {source.path.name}" for source in empty)
+    named = ", ".join(f"{source.mark} {source.path.name}" for source in empty)
     return (f"Nothing is drawn of {named}: see “Not drawn” for the reason.",)
 
 
@@ -50,7 +50,7 @@ def undrawn_table(sources: Sequence[Source], drawn: set[int]) -> Table:
     for source in sources:
         reason = _reason(source, source.number in drawn)
         if reason:
-            body.append([f"[{source.number}]", Cell(source.record.kind, source.label), reason])
+            body.append([source.mark, Cell(source.record.kind, source.label), reason])
     about = "These records, or these rows of them, were read and have no figure above."
     return make_table("undrawn", ("", "Record", "Why not"), body, title="Not drawn", about=about)
 

@@ -125,8 +125,8 @@ def backward_plan(
     at_once = two.blocks * _multiprocessors(device)
     halved = rows * -(-d_inner // (2 * CHANNELS))
     fits = two.blocks * (backward_shared_bytes(two, chunk, d_state) + _RESERVED_BYTES) <= _shared_bytes(device)
-    fits = fits and reads_y and most_sets > 1
-    return two if fits and 2 * -(-halved // at_once) <= -(-blocks // at_once) else one
+    allowed = reads_y and most_sets > 1 and fits
+    return two if allowed and 2 * -(-halved // at_once) <= -(-blocks // at_once) else one
 
 
 def _segment(shape: tuple[int, int, int], chunk: int, device: int, enough: float) -> int:
