@@ -237,7 +237,7 @@ def test_a_trained_scan_reads_y() -> None:
     from mambacus.ops.selective_scan import gpu, gpu_cuda
 
     inputs = scan_inputs((4, 300, 4096, 16), torch.bfloat16, absent=("initial_state",), device="cuda")
-    plan = gpu_cuda.backward_plan((4, 300, 4096), 16, 64, torch.cuda.current_device())
+    plan = gpu_cuda.backward_plan((4, 300, 4096), 16, 64, torch.cuda.current_device(), reads_y=True)
     assert plan.sets == 2 or gpu_cuda._multiprocessors(torch.cuda.current_device()) != 132
     leaves = [inputs[name].detach().requires_grad_() for name in SCAN_NAMES[:8]]
     found = []
