@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 from tqdm import tqdm
 
+from mambacus.evals.encoding import Encoder
 from mambacus.evals.generation import generate
 from mambacus.evals.prefixes import Tokens
 from mambacus.evals.scoring import STATE_BYTES, Counts, Pair, Score, Scorer
@@ -73,6 +74,7 @@ class MambacusLM(TemplateLM):
         self._scorer = Scorer(model, batch_size, state_reuse, self.counts, state_bytes)
         self._device = self._scorer.device
         self._engine = Engine(model, tokenizer, batch_size=batch_size)
+        self._encoder = Encoder(tokenizer, self._checked)
         self._encode = functools.lru_cache(maxsize=4096)(self._encode_once)  # choices repeat their context
         self._encoded: dict[str, Tokens] = {}  # of the requests being answered
         self._prefix = str(tokenizer.decode([self.prefix_token_id]))
@@ -114,9 +116,7 @@ class MambacusLM(TemplateLM):
         pairs = [request.args for request in requests if request.args[0]]
         texts = dict.fromkeys(text for context, rest in pairs for text in (context.rstrip(), context + rest))
         plain = [text for text in texts if text and not has_bos_prefix(text, self._prefix)]
-        if plain:  # twice as quick as one by one, and on all cores
-            found = self.tokenizer(plain)["input_ids"]
-            self._encoded = {text: self._checked(ids) for text, ids in zip(plain, found, strict=True)}
+        self._encoded = dict(zip(plain, self._encoder.encode(plain), strict=True))
         try:
             return list(super().loglikelihood(requests, disable_tqdm))
         finally:

@@ -20,6 +20,9 @@ from mambacus.models import MambaLM, MambaState
 ItemT = TypeVar("ItemT")
 LOGIT_BYTES = 256 * 2**20  # float32 logits held at once; long rows are read in steps that keep to it
 FORKS_PER_ROW = 4  # rows of one pass over continuations, as a multiple of the batch size
+# Of a GPU's memory: for logits, in place of `LOGIT_BYTES`, since steps of few tokens cost as much as long ones there;
+# and for the states of one pass over continuations, which are held twice, before it and after it.
+LOGIT_SHARE, FORK_SHARE = 1 / 32, 1 / 16
 # Padding, in tokens, that one pass may hold rather than be split in two: about what a pass costs besides its tokens.
 PADDING_PER_PASS = {"cpu": 64, "cuda": 2048}
 STATE_BYTES = 2**30  # of shared beginnings held at once
@@ -99,6 +102,11 @@ class Scorer:
         self.counts = counts
         self._budget = state_bytes
         self._state_bytes = MambaState.zeros(base.config, dtype=base.dtype).nbytes
+        self._logit_bytes, self._fork_rows = LOGIT_BYTES, FORKS_PER_ROW * batch_size
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            self._logit_bytes = int(LOGIT_SHARE * memory)
+            self._fork_rows = max(1, min(self._fork_rows, int(FORK_SHARE * memory) // self._state_bytes))
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[Pair], done: Done = lambda scores: None) -> list[Score]:
@@ -202,7 +210,7 @@ class Scorer:
         is_top = logits.argmax(-1)[owner] == first
         scores = [Score(*found) for found in zip(log_probability.tolist(), is_top.tolist(), strict=True)]
         longer = [index for index, (_, continuation) in enumerate(pairs) if len(continuation) > 1]
-        for indices in self._batches(longer, lambda index: len(pairs[index][1]), FORKS_PER_ROW * self.batch_size):
+        for indices in self._batches(longer, lambda index: len(pairs[index][1]), self._fork_rows):
             rows = [_Row(pairs[index][1][:-1], pairs[index][1][1:]) for index in indices]
             forks = state.select(owner[indices])
             for index, rest in zip(indices, self._read(rows, forks), strict=True):
@@ -222,7 +230,7 @@ class Scorer:
     def _read(self, rows: Sequence[_Row], state: MambaState | None) -> list[Score]:
         """Score rows (longest first) in one pass, or in steps from state to state where the logits would not fit."""
         longest = len(rows[0].tokens)
-        fitting = max(1, LOGIT_BYTES // (4 * len(rows) * self._vocabulary))
+        fitting = max(1, self._logit_bytes // (4 * len(rows) * self._vocabulary))
         step = longest if max(len(row.targets) for row in rows) <= fitting else fitting
         totals = torch.zeros(len(rows), dtype=torch.float64)
         greedy = torch.ones(len(rows), dtype=torch.bool)

@@ -15,7 +15,7 @@ from mambacus.inference.watch import Watch
 from mambacus.models import MambaLM, MambaState
 from mambacus.models.mamba import MambaMixer
 from mambacus.models.primed import PrimedModel
-from mambacus.ops.decode_step import decode_step
+from mambacus.ops.decode_step import StepWeights, decode_step
 from mambacus.ops.tape import Tape
 from mambacus.runtime.graphs import CudaRecorder
 
@@ -41,13 +41,13 @@ class Taped(NamedTuple):
 class Decoder:
     """States of up to ``capacity`` rows, and one decoding step for the first ``n`` of them.
 
-    Every layer's states lie side by side, so the first n rows of the memory are a batch as they stand: a row that ends
-    is replaced by the last one, and no other state moves. On a GPU the memory never moves either, and the step is
-    recorded once for each of `BUCKETS` as a CUDA graph, which launches all its kernels at once; rows between n and
-    the bucket's size compute what nobody reads. What is recorded is the fused step of `mambacus.ops.decode_step`, or
-    where that does not fit the model, the model's own. On a CPU the step of a few rows is recorded as a `Tape`. A model
-    with an adapter attached is stepped without graphs and tapes, since the adapter may be changed or switched off
-    between two steps.
+    Every layer's states lie side by side, so the first n rows of the memory are a batch as they stand: a row that
+    ends is replaced by the last one, and no other state moves. On a GPU the memory never moves either, and the step
+    is recorded once for each of `BUCKETS` as a CUDA graph, which launches all its kernels at once; rows between n
+    and the bucket's size compute what nobody reads. What is recorded is the fused step of
+    `mambacus.ops.decode_step`, or where that does not fit the model, the model's own; the same is run where graphs
+    are not wanted. On a CPU the step of a few rows is recorded as a `Tape`. A model with an adapter attached is
+    stepped without graphs and tapes, since the adapter may be changed or switched off between two steps.
 
     Args:
         model: what is stepped: a `MambaLM` or a ``peft.PeftModel``.
@@ -56,7 +56,7 @@ class Decoder:
         graphs: record CUDA graphs where the model allows it.
 
     Attributes:
-        unfused: why the graph recorded last is of the model's modules and not of the fused step; None if it is not.
+        unfused: why the step looked at last on a GPU is that of the model's modules; None if it is the fused one.
     """
 
     def __init__(self, model: nn.Module, base: MambaLM, capacity: int, *, graphs: bool = True) -> None:
@@ -66,6 +66,7 @@ class Decoder:
         self._pool: MambaState | None = None
         self._graphs_wanted = graphs and self._model is base
         self._graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}  # bucket -> its replay, the logits it writes
+        self._fused: dict[tuple[int, bool], StepWeights | str] = {}  # rows, autocast -> for steps without a graph
         self._tapes: dict[int, Taped | None] = {}  # rows -> None after the first step
         self._watch: Watch | None = None  # the model that the tapes are of
         # Its graphs share memory: one step's numbers are read before the next one's are written.
@@ -116,13 +117,31 @@ class Decoder:
         """
         rows = len(tokens)
         pool = self._room(rows)
-        if self._graphs_wanted and tokens.is_cuda and self._is_plain():
-            return self._replay(tokens)
+        if tokens.is_cuda and self._is_plain():
+            if self._graphs_wanted:
+                return self._replay(tokens)
+            return self._step_now(tokens, _first(pool, rows))
         size = rows if rows <= TAPED_ROWS else min(-(-rows // ROUNDED_ROWS) * ROUNDED_ROWS, self.capacity)
         few = size <= max(TAPED_ROWS, TAPED_NUMBERS // self._base.config.d_inner)
         if few and tokens.device.type == "cpu" and self._is_plain():
             return self._play(tokens, size)
         return self._run(tokens[:, None], _first(pool, rows))
+
+    def _step_now(self, tokens: Tensor, state: MambaState) -> Tensor:
+        """Make the step on a GPU without a graph: its kernels are those that a graph would hold."""
+        key = (len(tokens), torch.is_autocast_enabled("cuda"))
+        if key not in self._fused:
+            self._fused[key] = self._find_fused(len(tokens))
+        weights = self._fused[key]
+        if isinstance(weights, str):
+            return self._run(tokens[:, None], state)
+        return decode_step(weights, tokens, state.conv_state, state.ssm_state, state.tokens, backend="cuda")
+
+    def _find_fused(self, rows: int) -> StepWeights | str:
+        weights = fused_weights(self._base, rows)
+        self.unfused = weights if isinstance(weights, str) else None
+        _log.info("a step of %d rows: %s", rows, f"not fused: {weights}" if self.unfused else "fused")
+        return weights
 
     def _play(self, tokens: Tensor, size: int) -> Tensor:
         """Make the step from the tape of ``size`` rows: the first step of a size runs freely, the second is recorded.
@@ -149,7 +168,7 @@ class Decoder:
         if self._model is not self._base:
             return False
         if self._watch is None or not self._watch.unchanged():
-            self._watch, self._tapes, self._graphs = Watch(self._base), {}, {}
+            self._watch, self._tapes, self._graphs, self._fused = Watch(self._base), {}, {}, {}
         return self._watch.plain
 
     def _run(self, tokens: Tensor, state: MambaState) -> Tensor:
@@ -174,6 +193,7 @@ class Decoder:
             pool.tokens[:kept] = self._pool.tokens
         self._pool, self._weights = pool, weights
         self._graphs.clear()
+        self._fused.clear()
         self._tapes.clear()
         self._input = torch.zeros(size, dtype=torch.int64, device=weight.device) if weight.is_cuda else None
         return pool
@@ -195,9 +215,7 @@ class Decoder:
         assert self._pool is not None and self._input is not None
         state, inputs = _first(self._pool, size), self._input[:size]
         before = state.select(range(size))
-        weights = fused_weights(self._base, size)
-        self.unfused = weights if isinstance(weights, str) else None
-        _log.info("a step of %d rows: %s", size, f"not fused: {weights}" if self.unfused else "fused")
+        weights = self._find_fused(size)
 
         def step() -> Tensor:
             if isinstance(weights, str):

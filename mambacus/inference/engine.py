@@ -224,7 +224,7 @@ class Engine:
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         size = self._base.config.padded_vocab_size
-        wrong = next((token for token in ids if not 0 <= token < size), None)
+        wrong = next((token for token in (min(ids), max(ids)) if not 0 <= token < size), None)
         if wrong is not None:
             raise UserError(
                 f"token id {wrong}: the model's vocabulary has {size} tokens; is the tokenizer another model's?"

@@ -14,9 +14,10 @@ from mambacus.inference.decoder import Decoder
 from mambacus.measuring.cases import QUANTISED, Case
 from mambacus.measuring.sides import Step
 from mambacus.measuring.timing import captured, model_bytes, prompt_ids, train_step
-from mambacus.models import MambaLM, MambaState, load
+from mambacus.models import MambaLM, MambaState, load_config
 from mambacus.models.quantised import quantise
-from mambacus.runtime.device import resolve_dtype
+from mambacus.models.registry import random_model
+from mambacus.runtime.device import resolve_device, resolve_dtype
 from mambacus.tuning import frozen
 from mambacus.tuning.methods import AdapterSettings, find_method
 
@@ -136,7 +137,7 @@ class Ours:
 def make(case: Case) -> Ours:
     """Return our side of ``case``."""
     dtype = torch.float32 if case.dtype in ("mixed", *QUANTISED) else resolve_dtype(case.dtype)
-    model, _ = load(f"random:{case.model}", device=case.device, dtype=dtype)
+    model = random_model(load_config(f"random:{case.model}"), device=resolve_device(case.device)).to(dtype).eval()
     if case.dtype in QUANTISED:
         quantise(model, case.dtype)
     return Ours(case, model)

@@ -116,9 +116,16 @@ def load(
     return model, found
 
 
-def random_model(config: MambaConfig, seed: int = 0) -> MambaLM:
-    """Return a model with fresh float32 parameters on the CPU; torch's global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+def random_model(config: MambaConfig, seed: int = 0, device: torch.device | None = None) -> MambaLM:
+    """Return a model with fresh float32 parameters; torch's global generators are left as they were.
+
+    Args:
+        config: its shape.
+        seed: of the numbers.
+        device: where they are drawn, the CPU by default. A GPU draws other numbers, and a large model's far sooner.
+    """
+    device = device or torch.device("cpu")
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), device:
         torch.manual_seed(seed)
         return MambaLM(config)
 

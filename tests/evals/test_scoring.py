@@ -68,6 +68,17 @@ def test_reading_in_steps_changes_nothing(checkpoint: Any, state_reuse: bool, mo
     assert counts.passes > 20
 
 
+def test_few_forks_at_once_change_nothing(checkpoint: Any) -> None:
+    """On a GPU the memory for states bounds them."""
+    pairs = draw_pairs(1)
+    whole, parts = Counts(), Counts()
+    expected = Scorer(checkpoint.model, 8, True, whole).score(pairs)
+    scorer = Scorer(checkpoint.model, 8, True, parts)
+    scorer._fork_rows = 2
+    assert_close(scorer.score(pairs), expected)
+    assert parts.passes > whole.passes and parts.tokens_read == whole.tokens_read
+
+
 def test_counts_say_what_was_read_and_saved(checkpoint: Any) -> None:
     context: Tokens = tuple(range(10, 30))
     pairs = [(context, (1, 2, 3)), (context, (4, 5)), (context, (6,)), (context, (6,)), ((9, 9), (1, 2))]

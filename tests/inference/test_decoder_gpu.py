@@ -29,6 +29,19 @@ def test_the_fused_step_is_as_exact_as_the_modules(rows: int) -> None:
     hold_errors(*found)
 
 
+@pytest.mark.parametrize("rows", [1, 20, 60])
+def test_a_step_without_a_graph_is_the_same(rows: int) -> None:
+    model = made()
+    replayed, now = Decoder(model, model, rows), Decoder(model, model, rows, graphs=False)
+    tokens = torch.arange(3, 3 + rows, device="cuda")
+    for decoder in (replayed, now):
+        decoder.put(model(torch.tensor([[5, 6, 7]], device="cuda")).state, 0, rows)
+    for _ in range(3):
+        assert torch.equal(replayed.step(tokens), now.step(tokens))
+    assert now.unfused is None and not now._graphs
+    assert torch.equal(replayed.state(rows - 1).ssm_state, now.state(rows - 1).ssm_state)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
