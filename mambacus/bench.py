@@ -145,18 +145,21 @@ def _measure_all(
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn
 
-    from mambacus.measuring.cases import measure
     from mambacus.measuring.costs import with_limits
+    from mambacus.measuring.kept import Measurer
 
     rows = []
     console = Console(stderr=True)
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
+    with (
+        Measurer() as measurer,
+        Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress,
+    ):
         task = progress.add_task("bench", total=len(cases))
         for case in cases:
             progress.update(task, description=case.title)
             row = journal.find(case)
             if row is None:
-                row = with_limits(measure(case, timeout), limits)
+                row = with_limits(measurer.measure(case, timeout), limits)
                 journal.add(case, row)
             rows.append(row)
             progress.console.print(_line(case, row), highlight=False, markup=False, soft_wrap=True)

@@ -1,6 +1,7 @@
-"""What `mambacus bench` measures: one `Case` is one implementation at one shape, run in a process of its own.
+"""What `mambacus bench` measures: one `Case` is one implementation at one shape, run in another process.
 
-A process per case keeps peak memory honest and lets two implementations alternate on a machine whose speed drifts.
+On a CPU a process per case keeps peak memory honest and lets two implementations alternate on a machine whose speed
+drifts. A GPU's allocator counts for itself: there one process measures case after case (`mambacus.measuring.kept`).
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Case:
 
 
 def measure(case: Case, timeout_seconds: float) -> dict[str, Any]:
-    """Run ``case`` in a fresh process.
+    """Run ``case`` in a process of its own.
 
     Returns:
         The case's fields with the figures of `mambacus.measuring.worker.measure`; or, if it is not available, or ran
@@ -133,10 +134,18 @@ def measure(case: Case, timeout_seconds: float) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         return row | {"error": f"not finished after {timeout_seconds:.0f} s"}
-    last_line = (done.stdout.strip().splitlines() or [""])[-1]
     if done.returncode == 0:
-        return row | json.loads(last_line)
-    if done.returncode == -9 or any(fault in done.stderr.lower() for fault in _MEMORY_FAULTS):
-        return row | {"error": "out of memory"}
-    last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return row | json.loads(done.stdout.strip().splitlines()[-1])
+    return row | {"error": failure(case, done.returncode, done.stderr)}
+
+
+def failure(case: Case, code: int, stderr: str) -> str:
+    """Return why a process that was to measure ``case`` ended, where that is a result: the memory did not suffice.
+
+    Raises:
+        UserError: any other reason; the message ends with the last line of ``stderr``.
+    """
+    if code == -9 or any(fault in stderr.lower() for fault in _MEMORY_FAULTS):
+        return "out of memory"
+    last_line = (stderr.strip().splitlines() or ["no message"])[-1]
     raise UserError(f"{case.title}: {last_line.removeprefix(f'{UserError.__module__}.UserError: ')}")

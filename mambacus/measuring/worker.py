@@ -1,8 +1,13 @@
-"""Measure one `Case` and print one JSON line: ``python -m mambacus.measuring.worker '{"benchmark": ...}'``."""
+"""Measure one `Case` and print one JSON line: ``python -m mambacus.measuring.worker '{"benchmark": ...}'``.
+
+Without an argument, cases are read from stdin, a line each, and answered as they come (`mambacus.measuring.kept`).
+"""
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import sys
 from typing import Any
 
@@ -11,10 +16,14 @@ import torch
 from mambacus.measuring.cases import Case
 from mambacus.measuring.costs import case_work
 from mambacus.measuring.energy import Energy
+from mambacus.measuring.kept import ROW
 from mambacus.measuring.sides import Side, Step, make_side
 from mambacus.measuring.timing import median, time_ms
 from mambacus.runtime.device import resolve_device
 from mambacus.runtime.memory import PeakMemory
+
+ENERGY_SECONDS = 1.0  # a GPU's counter moves every 20 to 100 ms
+_LEFT_BYTES = 2**24  # of GPU memory that a case may leave behind, where others are to follow
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -39,6 +48,9 @@ def measure(case: Case) -> dict[str, Any]:
     time_ms(step, device, repeats=0, warmup=case.warmup)
     with Energy(device) as energy:
         samples = time_ms(step, device, repeats=case.repeats, warmup=0)
+    joules = None if energy.joules is None else energy.joules / case.repeats
+    if joules is not None and device.type == "cuda":
+        joules = _joules(step, device, median(samples))
     work = case_work(case, side.read_bytes)
     row = {
         "samples_ms": [round(sample, 3) for sample in samples],
@@ -51,9 +63,17 @@ def measure(case: Case) -> dict[str, Any]:
         "state_bytes": side.state_bytes(),
         "work": work,
         "flops": sum(flops for flops, _ in work),
-        "energy_joules": None if energy.joules is None else round(energy.joules / case.repeats, 3),
+        "energy_joules": None if joules is None else round(joules, 3),
     }
     return row | side.facts() | _more(case, side, step, device)
+
+
+def _joules(step: Step, device: torch.device, milliseconds: float) -> float | None:
+    """Return the energy of one run on a GPU, over so many that its slow counter can tell."""
+    runs = math.ceil(1e3 * ENERGY_SECONDS / milliseconds)
+    with Energy(device) as energy:
+        time_ms(step, device, repeats=runs, warmup=0)
+    return None if energy.joules is None else energy.joules / runs
 
 
 def _step(case: Case, side: Side) -> Step:
@@ -92,5 +112,27 @@ def _samples(case: Case, side: Any, step: Step, device: torch.device) -> dict[st
     }
 
 
+def _gives_memory_back() -> bool:
+    """Free what a case has left on the GPU; return whether that was (nearly) all."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    if not torch.cuda.is_available():
+        return True
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated() <= _LEFT_BYTES
+
+
+def main(arguments: list[str]) -> None:
+    """Measure the case given as an argument, or those that come from stdin."""
+    if arguments:
+        print(json.dumps(measure(Case(**json.loads(arguments[0])))))
+        return
+    for line in sys.stdin:
+        row = measure(Case(**json.loads(line)))
+        print(ROW + json.dumps(row | {"gave_memory_back": _gives_memory_back()}), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))
+    main(sys.argv[1:])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 
 import pytest
 
 from mambacus import bench
 from mambacus.cli import main
 from mambacus.measuring import cases, journal, timing, worker
+from mambacus.measuring.kept import KeptProcess, Measurer
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import read_record
 
@@ -210,3 +212,45 @@ def test_timing_drops_the_warm_up():
     samples = timing.time_ms(lambda: calls.append(1), torch.device("cpu"), repeats=3, warmup=2)
     assert len(samples) == 3
     assert len(calls) == 5
+
+
+def test_one_process_measures_case_after_case():
+    kept = KeptProcess()
+    try:
+        first = kept.measure(cases.Case("prefill", "mambacus", "micro", "float32", 1, 8, repeats=1), 250)
+        process = kept._process
+        assert process is not None and first["tokens_per_second"] > 0 and "gave_memory_back" not in first
+        second = kept.measure(cases.Case("prefill", "mambacus", "micro", "float32", 1, 16, repeats=1), 250)
+        assert kept._process is process and second["seqlen"] == 16 and "error" not in second
+        with pytest.raises(UserError, match=r"prefill nosuch float32 1 x 8 mambacus: model 'random:nosuch': expected"):
+            kept.measure(cases.Case("prefill", "mambacus", "nosuch", "float32", 1, 8), 250)
+        assert process.poll() is not None
+        third = kept.measure(cases.Case("prefill", "mambacus", "micro", "float32", 1, 8, repeats=1), 250)
+        assert kept._process is not process and "error" not in third
+        fresh = kept._process
+        late = kept.measure(cases.Case("train", "mambacus", "tiny", "float32", 8, 512), 0.01)
+        assert late["error"].startswith("not finished after") and fresh.poll() is not None
+    finally:
+        kept.close()
+
+
+def test_a_kept_process_that_is_killed_ran_out_of_memory():
+    kept = KeptProcess()
+    case = cases.Case("prefill", "mambacus", "micro", "float32", 1, 8, repeats=1)
+    try:
+        process = kept._running(0)
+        threading.Timer(0.5, process.kill).start()
+        assert kept.measure(case, 250)["error"] == "out of memory"
+        assert "error" not in kept.measure(case, 250)  # in a new one
+    finally:
+        kept.close()
+
+
+def test_cases_on_a_gpu_share_a_process_and_others_do_not(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cases, "measure", lambda case, timeout: asked.append(("own", case.device)) or {})
+    monkeypatch.setattr(KeptProcess, "measure", lambda self, case, timeout: asked.append(("kept", case.device)) or {})
+    with Measurer() as measurer:
+        for device in ("cpu", "cuda", "cuda:1"):
+            measurer.measure(cases.Case("prefill", "mambacus", "micro", "float32", 1, 8, device=device), 1.0)
+    assert asked == [("own", "cpu"), ("kept", "cuda"), ("kept", "cuda:1")]
