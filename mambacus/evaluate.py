@@ -164,18 +164,21 @@ def _model(config: Config, device: Any) -> Any:
     )
 
 
-def _read_first(model: Any, device: Any) -> None:
-    """Read one token: a process's first pass loads its kernels, which is no part of the seconds of answering."""
+def _warm_up(model: Any, device: Any) -> None:
+    """Read a little: a process's first passes load its kernels, which is no part of the seconds of answering."""
+    if hasattr(model, "warm_up"):
+        model.warm_up()
+        return
     import torch
 
     with torch.inference_mode():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device))
+        model.model(input_ids=torch.ones(2, 8, dtype=torch.int64, device=device))
 
 
 def _timed(model: Any, device: Any) -> list[float]:
     """Let a model note how long it answers requests, and return the seconds of each call as they come.
 
-    One token is read before the first: not at all where every answer comes from the cache, which asks no model.
+    A little is read before the first: nothing where every answer comes from the cache, which asks no model.
     """
     seconds: list[float] = []
 
@@ -183,7 +186,7 @@ def _timed(model: Any, device: Any) -> list[float]:
         @functools.wraps(answer)
         def call(*arguments: Any, **options: Any) -> Any:
             if not seconds:
-                _read_first(model.model, device)
+                _warm_up(model, device)
             watch = Stopwatch()
             found = answer(*arguments, **options)
             seconds.append(watch.seconds)

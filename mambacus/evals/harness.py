@@ -105,6 +105,10 @@ class MambacusLM(TemplateLM):
             "generated_tokens": self._engine.stats.generated_tokens,
         }
 
+    def warm_up(self) -> None:
+        """Load what passes need, kernels above all, before anything is timed; nothing is counted."""
+        self._scorer.warm_up()
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the tokens of ``string``; special tokens as the tokenizer adds them, unless the string has its own."""
         if add_special_tokens is None and string in self._encoded:

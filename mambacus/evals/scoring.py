@@ -137,6 +137,17 @@ class Scorer:
             found |= self._score_fork(fork, contexts, shared, done)
         return [found[pair] for pair in pairs]
 
+    def warm_up(self) -> None:
+        """Do every kind of pass once with made-up requests, uncounted: the first of a kind loads its kernels."""
+        shared = tuple(range(1, 17)) * (PADDING_PER_PASS.get(self.device.type, PADDING_PER_PASS["cuda"]) // 16)
+        contexts = [(*shared, *range(place % 3 + 1), place) for place in range(8)]  # long enough to be read once
+        pairs = [(context, (1,) * length) for context in contexts for length in (1, 2, 4)]
+        counts, self.counts = self.counts, Counts()
+        try:
+            self.score(pairs)
+        finally:
+            self.counts = counts
+
     def forks(self, sequences: Sequence[Tokens]) -> Iterator[Fork]:
         """Read the beginnings that ``sequences`` share; at least the last token of each is left to be read.
 

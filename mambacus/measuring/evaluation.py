@@ -33,8 +33,6 @@ GPU_TASKS: tuple[tuple[str, int], ...] = (("hellaswag", 10),)
 ZERO_SHOT = 4  # times the documents, whose prompts are short
 BATCH = 64  # contexts of one pass
 GPU_BATCH = 512  # the same of ours on a GPU, whose passes are short; a Transformer's logits of as many do not fit
-WARM_UP = 8  # documents of an uncounted run on a GPU, where a machine's first run compiles kernels
-OURS = ("mambacus", "no-state-reuse")
 COUNTS = ("requests", "tokens_naive", "tokens_read", "generated_tokens")
 Items = Mapping[Any, Mapping[str, Any]]
 
@@ -127,8 +125,8 @@ def measure_evaluation(
     """Run the cases and yield each with its row.
 
     Args:
-        cases: ours first within a task and model: the others are compared with it. On a GPU each of ours runs once
-            uncounted with a few documents, so that kernels are not compiled on the clock.
+        cases: ours first within a task and model: the others are compared with it. On a GPU it runs once before,
+            uncounted, since a machine's first run compiles kernels.
         data_dir: evaluation files and tokenizer.
         timeout_seconds: after which a case is given up and recorded so.
 
@@ -143,9 +141,8 @@ def measure_evaluation(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for number, case in enumerate(cases):
-            if case.device.startswith("cuda") and case.implementation in OURS:
-                warming = dataclasses.replace(case, documents=WARM_UP)
-                _run(warming, data_dir, folder / f"{number}-warming.json", timeout_seconds)
+            if case.device.startswith("cuda") and case.implementation == "mambacus":
+                _run(case, data_dir, folder / f"{number}-warming.json", timeout_seconds)
             row, items = _run(case, data_dir, folder / f"{number}.json", timeout_seconds)
             if case.implementation == "mambacus":
                 ours, our_items = row, items
@@ -194,10 +191,33 @@ def _flags(case: EvalCase, data_dir: Path, folder: Path) -> list[str]:
     """Return the flags that choose model and implementation; a Transformer is made where it is the peer."""
     if case.implementation == "hf-pythia":
         return ["--model", str(_pythia(case, data_dir, folder))]  # its positions end at 2048, lm_eval cuts there
-    flags = ["--model", case.model, "--max-length", str(MAX_LENGTH)]
+    model = str(_drawn(case, data_dir, folder)) if case.device.startswith("cuda") else case.model
+    flags = ["--model", model, "--max-length", str(MAX_LENGTH)]
     if case.implementation == "hf":
         return [*flags, "--implementation", "hf"]
     return [*flags, "--no-state-reuse"] if case.implementation == "no-state-reuse" else flags
+
+
+def _tokenizer(data_dir: Path) -> Any:
+    from mambacus.models.tokenizer import neox_tokenizer
+
+    tokenizer = neox_tokenizer(data_dir, online=False)
+    if tokenizer is None:
+        raise UserError(f"--data-dir {data_dir}: expected tokenizer/20B_tokenizer.json, which both sides read with")
+    return tokenizer
+
+
+def _drawn(case: EvalCase, data_dir: Path, folder: Path) -> Path:
+    """Write our model with random weights drawn on the GPU and the tokenizer, once, and return its folder."""
+    from mambacus.models import load_config, save
+    from mambacus.models.registry import random_model
+    from mambacus.runtime.device import resolve_device, resolve_dtype
+
+    place = folder / case.model.removeprefix("random:")
+    if not place.is_dir():
+        model = random_model(load_config(case.model), device=resolve_device(case.device))
+        save(model.to(resolve_dtype(case.dtype)), place, _tokenizer(data_dir))
+    return place
 
 
 def _pythia(case: EvalCase, data_dir: Path, folder: Path) -> Path:
@@ -205,16 +225,13 @@ def _pythia(case: EvalCase, data_dir: Path, folder: Path) -> Path:
     import torch
     import transformers
 
-    from mambacus.models.tokenizer import neox_tokenizer
     from mambacus.runtime.device import resolve_dtype
 
     size = case.model.removeprefix("random:")
     place = folder / f"pythia-{size}"
     if place.is_dir():
         return place
-    tokenizer = neox_tokenizer(data_dir, online=False)
-    if tokenizer is None:
-        raise UserError(f"--data-dir {data_dir}: expected tokenizer/20B_tokenizer.json, which Pythia reads with")
+    tokenizer = _tokenizer(data_dir)
     config = SHAPES[MATCHED[size]].config()
     config.bos_token_id = config.eos_token_id = 0
     torch.manual_seed(0)

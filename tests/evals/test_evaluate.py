@@ -156,6 +156,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
             raise KeyboardInterrupt
         return read(self, *arguments)
 
+    monkeypatch.setattr(Scorer, "warm_up", lambda self: None)
     monkeypatch.setattr(Scorer, "_prefill", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(config(checkpoint.folder, small_data, tmp_path / "b.json", **options))
@@ -165,7 +166,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     counts = [run.results["state_reuse"]["requests"] for run in (plain, resumed)]
     assert 0 < counts[1] < counts[0]
     with monkeypatch.context() as patched:
-        patched.delattr(evaluate, "_read_first")  # nothing is read where every answer is known
+        patched.delattr(evaluate, "_warm_up")  # nothing is read where every answer is known
         again = evaluate.run(config(checkpoint.folder, small_data, tmp_path / "c.json", **options))
     assert again.results["tasks"] == plain.results["tasks"]
     assert again.results["state_reuse"]["requests"] == 0

@@ -79,6 +79,24 @@ def test_few_forks_at_once_change_nothing(checkpoint: Any) -> None:
     assert parts.passes > whole.passes and parts.tokens_read == whole.tokens_read
 
 
+@pytest.mark.parametrize("state_reuse", [True, False])
+def test_warming_up_does_every_kind_of_pass_and_counts_nothing(
+    checkpoint: Any, state_reuse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, kinds = Counts(), set()
+    scorer = Scorer(checkpoint.model, 4, state_reuse, counts)
+    forward = checkpoint.model.forward
+
+    def watched(input_ids: torch.Tensor, **options: Any) -> Any:
+        kinds.add((options["seq_idx"] is not None, options["state"] is not None))
+        return forward(input_ids, **options)
+
+    monkeypatch.setattr(checkpoint.model, "forward", watched)
+    scorer.warm_up()
+    assert scorer.counts is counts and counts == Counts()
+    assert kinds >= ({(False, False), (True, True)} if state_reuse else {(True, False)})
+
+
 def test_counts_say_what_was_read_and_saved(checkpoint: Any) -> None:
     context: Tokens = tuple(range(10, 30))
     pairs = [(context, (1, 2, 3)), (context, (4, 5)), (context, (6,)), (context, (6,)), ((9, 9), (1, 2))]
