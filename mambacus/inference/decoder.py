@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mambacus.inference.fused import fused_weights
+from mambacus.inference.sampling import SamplingParams, choose_tokens
 from mambacus.inference.watch import Watch
 from mambacus.models import MambaLM, MambaState
 from mambacus.models.mamba import MambaMixer
@@ -27,6 +28,7 @@ TAPED_ROWS = 16  # steps on a CPU of up to so many rows are kept as tapes, whate
 # and the tapes much memory. Such tapes are made for multiples of `ROUNDED_ROWS` only.
 TAPED_NUMBERS = 64 * 512
 ROUNDED_ROWS = 8
+GREEDY = SamplingParams()
 _FIRST_ROWS = 4  # rows that memory is made for at first; doubled when they are taken
 
 
@@ -65,7 +67,8 @@ class Decoder:
         self._base, self.capacity = base, capacity
         self._pool: MambaState | None = None
         self._graphs_wanted = graphs and self._model is base
-        self._graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}  # bucket -> its replay, the logits it writes
+        # bucket, whether it chooses the next token -> its replay, the logits or tokens it writes
+        self._graphs: dict[tuple[int, bool], tuple[Callable[[], None], Tensor]] = {}
         self._fused: dict[tuple[int, bool], StepWeights | str] = {}  # rows, autocast -> for steps without a graph
         self._tapes: dict[int, Taped | None] = {}  # rows -> None after the first step
         self._watch: Watch | None = None  # the model that the tapes are of
@@ -126,6 +129,31 @@ class Decoder:
         if few and tokens.device.type == "cpu" and self._is_plain():
             return self._play(tokens, size)
         return self._run(tokens[:, None], _first(pool, rows))
+
+    def follow(self, tokens: Tensor, count: int) -> Tensor:
+        """Read one token in each of the first ``len(tokens)`` slots, then ``count`` - 1 times the likeliest one.
+
+        On a GPU the choice is part of the recorded step, so that a token costs the host little more than its launch.
+
+        Returns:
+            The likeliest token after each step, int64 (count, rows), the last of them not read; -1 after NaN.
+        """
+        rows = len(tokens)
+        chosen = torch.empty(count, rows, dtype=torch.int64, device=tokens.device)
+        self._room(rows)
+        if tokens.is_cuda and self._graphs_wanted and self._is_plain():
+            replay, likeliest = self._recorded(rows, follows=True)
+            assert self._input is not None
+            self._input[:rows] = tokens
+            likeliest = likeliest[:rows]
+            for row in chosen:
+                replay()
+                row.copy_(likeliest)
+            return chosen
+        for row in chosen:
+            row.copy_(choose_tokens(self.step(tokens), GREEDY, None))
+            tokens = row.clamp(min=0)
+        return chosen
 
     def _step_now(self, tokens: Tensor, state: MambaState) -> Tensor:
         """Make the step on a GPU without a graph: its kernels are those that a graph would hold."""
@@ -199,19 +227,25 @@ class Decoder:
         return pool
 
     def _replay(self, tokens: Tensor) -> Tensor:
-        rows = len(tokens)
-        sizes = [size for size in BUCKETS if size < self.capacity] + [self.capacity]
-        size = sizes[bisect.bisect_left(sizes, rows)]
+        replay, logits = self._recorded(len(tokens), follows=False)
         assert self._input is not None
-        if size not in self._graphs:
-            self._graphs[size] = self._record(size)
-        replay, logits = self._graphs[size]
-        self._input[:rows] = tokens
+        self._input[: len(tokens)] = tokens
         replay()
-        return logits[:rows]
+        return logits[: len(tokens)]
 
-    def _record(self, size: int) -> tuple[Callable[[], None], Tensor]:
-        """Record the step of ``size`` rows; the states are as before afterwards."""
+    def _recorded(self, rows: int, *, follows: bool) -> tuple[Callable[[], None], Tensor]:
+        """Return the replay of a step of at least ``rows`` rows, and what it writes."""
+        sizes = [size for size in BUCKETS if size < self.capacity] + [self.capacity]
+        key = (sizes[bisect.bisect_left(sizes, rows)], follows)
+        if key not in self._graphs:
+            self._graphs[key] = self._record(*key)
+        return self._graphs[key]
+
+    def _record(self, size: int, follows: bool) -> tuple[Callable[[], None], Tensor]:
+        """Record the step of ``size`` rows; the states are as before afterwards.
+
+        Its result is the logits; or if it ``follows``, the likeliest tokens, which it also makes the next input.
+        """
         assert self._pool is not None and self._input is not None
         state, inputs = _first(self._pool, size), self._input[:size]
         before = state.select(range(size))
@@ -219,8 +253,14 @@ class Decoder:
 
         def step() -> Tensor:
             if isinstance(weights, str):
-                return self._run(inputs[:, None], state)
-            return decode_step(weights, inputs, state.conv_state, state.ssm_state, state.tokens, backend="cuda")
+                logits = self._run(inputs[:, None], state)
+            else:
+                logits = decode_step(weights, inputs, state.conv_state, state.ssm_state, state.tokens, backend="cuda")
+            if not follows:
+                return logits
+            likeliest = choose_tokens(logits, GREEDY, None)
+            torch.clamp(likeliest, min=0, out=inputs)
+            return likeliest
 
         self._recorder = self._recorder or CudaRecorder(inputs.device)
         for _ in range(2):  # compile and load every kernel, make the libraries' workspaces

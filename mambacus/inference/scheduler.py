@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mambacus.inference.completion import Completion, Piece, TokenScore
-from mambacus.inference.decoder import Decoder
+from mambacus.inference.decoder import GREEDY, Decoder
 from mambacus.inference.prefix_cache import PrefixCache
 from mambacus.inference.prompt_passes import PromptPasses
 from mambacus.inference.reading import Reader, Ready, Request, score_tokens
@@ -249,19 +249,42 @@ class Scheduler:
         rows, logits, groups = list(self._rows), self._logits, _groups(self._rows)
         assert logits is not None
         count = min(GPU_BLOCK, max(row.request.params.max_new_tokens - row.chosen for row in rows))
-        steps: list[Tensor] = []
-        for draws in self._draw(count):
-            if steps:
-                logits = self.decoder.step(steps[-1].clamp(min=0))
-            steps.append(self._choose(logits, groups, draws))
+        if self._may_follow(groups, count):
+            first = self._choose(logits, groups, [])
+            following = self.decoder.follow(first.clamp(min=0), count - 1)
+            tokens = torch.cat([first[None], following])
             for slot, row in enumerate(rows):
-                if not row.full:
-                    row.chosen += 1
-                    if row.full and self._wants_state(row):
-                        row.end_state = self.decoder.state(slot)
-        block = _Block.of(torch.stack(steps), rows)
-        self._go_on(steps[-1].clamp(min=0), self._leave(lambda row: row.full))
+                self._count_chosen(slot, row, min(count, row.request.params.max_new_tokens - row.chosen))
+        else:
+            steps: list[Tensor] = []
+            for draws in self._draw(count):
+                if steps:
+                    logits = self.decoder.step(steps[-1].clamp(min=0))
+                steps.append(self._choose(logits, groups, draws))
+                for slot, row in enumerate(rows):
+                    if not row.full:
+                        self._count_chosen(slot, row, 1)
+            tokens = torch.stack(steps)
+        block = _Block.of(tokens, rows)
+        self._go_on(tokens[-1].clamp(min=0), self._leave(lambda row: row.full))
         return block
+
+    def _may_follow(self, groups: list[tuple[SamplingParams, list[int]]], count: int) -> bool:
+        """Tell whether `Decoder.follow` does: every row takes the likeliest token, no state is wanted on the way."""
+        return (
+            count > 1
+            and len(groups) == 1
+            and groups[0][0].rule == GREEDY.rule
+            and not any(
+                self._wants_state(row) and row.request.params.max_new_tokens - row.chosen < count for row in self._rows
+            )
+        )
+
+    def _count_chosen(self, slot: int, row: _Row, tokens: int) -> None:
+        """Note that so many tokens of a row were chosen, all but the last of them read."""
+        row.chosen += tokens
+        if row.full and self._wants_state(row):
+            row.end_state = self.decoder.state(slot)
 
     def _draw(self, count: int) -> list[list[float]]:
         """Return ``count`` random numbers of every row, 0 for the greedy ones, by number and row."""

@@ -46,6 +46,22 @@ def test_steps_as_the_model_does(model: MambaLM, weights: str | None, dtype: tor
     assert decoder._tapes.get(rows) is not None
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_following_takes_the_likeliest_tokens(model: MambaLM, rows: int) -> None:
+    one, other = Decoder(model, model, rows), Decoder(model, model, rows)
+    with torch.inference_mode():
+        tokens = torch.arange(1, rows + 1)
+        for decoder in (one, other):
+            decoder.put(model(torch.tensor([[5, 6, 7]])).state, 0, rows)
+        found = one.follow(tokens, 4)
+        for row in found:
+            tokens = other.step(tokens).argmax(-1)
+            assert torch.equal(row, tokens)
+        assert torch.equal(one.step(tokens), other.step(tokens))  # the last one was not read
+        one._room(1).ssm_state[:, 0] = torch.nan
+        assert one.follow(tokens, 2)[:, 0].tolist() == [-1, -1]
+
+
 def test_a_tape_of_many_rows_serves_fewer_too(model: MambaLM) -> None:
     """Rows beyond the batch compute nothing that a row of it, or who takes their slot next, sees."""
     most = TAPED_ROWS + ROUNDED_ROWS

@@ -42,6 +42,25 @@ def test_a_step_without_a_graph_is_the_same(rows: int) -> None:
     assert torch.equal(replayed.state(rows - 1).ssm_state, now.state(rows - 1).ssm_state)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 60])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_following_takes_the_likeliest_tokens(rows: int, dtype: torch.dtype) -> None:
+    """Chosen in the recorded step, they are those chosen from its logits."""
+    model = made().to(dtype)
+    one, other = Decoder(model, model, 64), Decoder(model, model, 64)
+    first = torch.arange(3, 3 + rows, device="cuda")
+    for decoder in (one, other):
+        decoder.put(model(torch.tensor([[5, 6, 7]], device="cuda")).state, 0, rows)
+    for _ in range(2):
+        found, tokens = one.follow(first, 4), first
+        for row in found:
+            tokens = other.step(tokens).argmax(-1)
+            assert torch.equal(row, tokens)
+        first = tokens
+    assert torch.equal(one.state(rows - 1).ssm_state, other.state(rows - 1).ssm_state)
+    assert torch.equal(one.step(first), other.step(first))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

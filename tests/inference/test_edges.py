@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from itertools import chain
 from string import ascii_letters
@@ -12,6 +13,7 @@ import torch
 from scipy.stats import chisquare
 
 from mambacus.inference import Completion, Engine, Piece, SamplingParams
+from mambacus.inference.decoder import Decoder
 from mambacus.inference.sampling import choose_tokens
 from mambacus.inference.scheduler import Scheduler, _wants_every_step
 from mambacus.models import MambaLM
@@ -164,6 +166,36 @@ def test_looking_at_tokens_in_blocks_changes_nothing(
 def run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let schedulers queue tokens on a CPU as on a GPU."""
     monkeypatch.setattr(Scheduler, "_runs_ahead", lambda self: not any(map(_wants_every_step, self._rows)))
+
+
+def test_greedy_rows_follow_and_others_are_chosen_step_by_step(
+    model: MambaLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ahead(monkeypatch)
+    followed = []
+    follow = Decoder.follow
+    monkeypatch.setattr(
+        Decoder, "follow", lambda self, tokens, count: followed.append(count) or follow(self, tokens, count)
+    )
+    plain = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    for params, cache, counts in (
+        (plain, 0, [7, 7, 3]),
+        (plain, 1 << 22, [7, 7, 3]),  # its state is wanted at its end, not on the way
+        ([plain, dataclasses.replace(plain, max_new_tokens=11)], 0, [7, 7, 3]),
+        ([plain, dataclasses.replace(plain, max_new_tokens=11)], 1 << 22, [7, 3]),
+        (dataclasses.replace(plain, temperature=1.0), 0, []),
+        (dataclasses.replace(plain, repetition_penalty=1.2), 0, []),
+        ([plain, dataclasses.replace(plain, temperature=1.0)], 0, []),
+    ):
+        followed.clear()
+        engine = Engine(model, tokenizer, batch_size=2, prefix_cache_bytes=cache)
+        texts = ["abc", "defg"]
+        found = engine.generate(texts, params)
+        assert followed == counts
+        ones = params if isinstance(params, list) else [params, params]
+        for text, one, [completion] in zip(texts, ones, found, strict=True):
+            [[alone]] = Engine(model, tokenizer).generate([text], one)
+            assert completion.token_ids == alone.token_ids
 
 
 def test_a_row_that_ends_is_not_looked_at_again(
