@@ -407,6 +407,21 @@ def test_step_of_many_rows(sizes: dict[str, Any]) -> None:
     hold_step(run_many, step_weights(**sizes), 13)
 
 
+@pytest.mark.parametrize("fusions", [{"projections"}, {"norm"}, {"projections", "norm", "overlaps"}], ids=sorted)
+@pytest.mark.parametrize("sizes", [{}, {"d_state": 8, "conv_bias": False}], ids=str)
+def test_step_of_many_rows_with_own_kernels(
+    monkeypatch: pytest.MonkeyPatch, fusions: set[str], sizes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(step, "MANY_FUSES", frozenset(fusions))
+    hold_step(run_many, step_weights(**sizes), 13)
+
+
+def test_norm_of_a_row_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "MANY_FUSES", frozenset({"norm"}))
+    monkeypatch.setattr(step, "_NORM_THREADS", 32)
+    hold_step(run_many, step_weights(d_model=160), 11)  # no other test's number: launches are kept
+
+
 @pytest.mark.parametrize("kind", ["in", "out", "head"])
 def test_prefetch_stays_within_the_next_weight(kind: str) -> None:
     for d_model, vocabulary in ((160, 17), (768, 50280), (2048, 50280), (2560, 50288)):

@@ -27,6 +27,7 @@ from mambacus.models import MambaConfig, MambaLM
 from mambacus.ops import add_rms_norm, causal_conv1d, linear, linear_cross_entropy, rms_norm, selective_scan, twins
 from mambacus.ops.causal_conv1d.reference import causal_conv1d_update_ref
 from mambacus.ops.decode_step import decode_step
+from mambacus.ops.decode_step import gpu as step_kernels
 from mambacus.ops.linear import gpu as linear_gpu
 from mambacus.ops.linear.dropout import drop
 from mambacus.ops.linear.gpu import lora_linear
@@ -281,6 +282,17 @@ def test_fused_step(batch: int) -> None:
 def test_fused_step_shapes(sizes: dict[str, Any]) -> None:
     for batch in (1, 5, 12, 30, 70):
         hold_step(functools.partial(decode_step, backend="cuda"), step_weights(**sizes, device="cuda"), batch)
+
+
+@pytest.mark.parametrize(
+    "fusions",
+    [("projections",), ("norm",), ("projections", "norm", "overlaps"), ("halves",), step_kernels.FUSIONS],
+    ids=str,
+)
+@pytest.mark.parametrize("batch", [49, 64, 131])
+def test_fused_step_of_many_rows(monkeypatch: pytest.MonkeyPatch, fusions: tuple[str, ...], batch: int) -> None:
+    monkeypatch.setattr(step_kernels, "MANY_FUSES", frozenset(fusions))
+    hold_step(functools.partial(decode_step, backend="cuda"), step_weights(device="cuda"), batch)
 
 
 def test_fused_step_says_what_it_cannot_take() -> None:
