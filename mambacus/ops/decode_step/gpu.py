@@ -317,8 +317,12 @@ def many(weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor,
 
 @functools.cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    """Return the second half's stream: always the same, whose workspace cuBLAS makes before a graph is recorded."""
-    return torch.cuda.Stream(device)
+    """Return the second half's stream: always the same, whose workspace cuBLAS makes before a graph is recorded.
+
+    Torch hands out its 32 streams of a priority in turns, so one of the usual priority may be the recording's own. And
+    of two halves that start alike, one has to get ahead of the other, or both reach the same kernel at the same time.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _halves(weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
