@@ -2,7 +2,8 @@
 
 Run from the repository: ``PYTHONPATH=. python benchmarks/gpu_decode_step.py --out benchmarks``, with cases to choose:
 ``check:130m:8`` holds a step of 8 rows of a random model to float64, beside the step of the model's modules;
-``step:1.4b:8`` times a step as the decoder replays it, fused and not, and its kernels; ``kernels:1.4b:8`` times each
+``step:1.4b:8`` times a step as the decoder replays it, fused and not, and its kernels; from 49 rows on also with each
+of `gpu.FUSIONS`, which ``--many`` sets for the other cases; ``kernels:1.4b:8`` times each
 kernel alone over all layers, with several tilings and torch's product beside it; ``engine:1.4b:8:2048:128`` times
 `Engine.generate` of 8 prompts of 2048 tokens and 128 new ones; ``prefill:1.4b:8:16`` times reading 8 prompts of 16
 tokens, as it is and from a graph, and says where the host's time goes. Writes one JSON record named by date and GPU.
