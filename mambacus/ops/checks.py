@@ -11,6 +11,13 @@ def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> 
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
 
 
+def check_device(x: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless every tensor is on the device of ``x``: kernels read addresses, wherever they lead."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected on {x.device} as x, got {tensor.device}")
+
+
 def check_tokens(name: str, seq_idx: Tensor | None, x: Tensor) -> None:
     """Raise ValueError unless ``seq_idx`` is None or holds one integer for each token of ``x``."""
     check_shape(name, seq_idx, tuple(x.shape[:2]))

@@ -26,6 +26,8 @@ from mambacus.runtime.errors import UserError
 _log = logging.getLogger(__name__)
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+MOST_BLOCKS = 65535  # of a grid in y and z
+FARTHEST_TOKEN = 2**24  # bytes from a token to the next: 128 of them are counted in 32 bits
 
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as ``common.cuh`` numbers them
@@ -137,8 +139,16 @@ def layout(tensor: Tensor | None) -> Layout | None:
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """Return the tensor with neighbouring channels next to each other, copied only if they are not."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    """Return the tensor with neighbouring channels next to each other and tokens near, copied only if they are not."""
+    return near(tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous())
+
+
+def near(tensor: Tensor) -> Tensor:
+    """Return (batch, seqlen, channels) with tokens near each other, copied only if they are not.
+
+    Kernels count a chunk's bytes in 32 bits; a view of a large tensor may have its tokens further apart.
+    """
+    return tensor if tensor.stride(1) * tensor.itemsize < FARTHEST_TOKEN else tensor.contiguous()
 
 
 def group_size(most: int, *layouts: Layout | None) -> int:
@@ -207,7 +217,20 @@ class Launch:
         program: Program, kernel: str, grid: tuple[int, int, int], threads: int, struct: type[ctypes.Structure],
         numbers: Mapping[str, float], shared_bytes: int = 0, *, overlaps: bool = False,
     ) -> Launch:  # fmt: skip
-        """Make one; ``numbers`` are the fields that are no addresses."""
+        """Make one; ``numbers`` are the fields that are no addresses.
+
+        Raises:
+            ValueError: a number does not fit its field, or there are too many blocks: the input is too large.
+        """
+        for name, kind in struct._fields_:  # type: ignore[misc]
+            if kind is ctypes.c_int and not -(2**31) <= numbers.get(name, 0) < 2**31:
+                raise ValueError(
+                    f"{kernel}: expected {name} within 32 bits, got {numbers[name]}: the input is too large"
+                )
+        if max(grid[1:]) > MOST_BLOCKS:
+            raise ValueError(
+                f"{kernel}: expected at most {MOST_BLOCKS} blocks in y and z, got {grid}: the input is too large"
+            )
         return Launch(program, kernel, grid, threads, struct, bytes(struct(**numbers)), shared_bytes, overlaps)
 
     def __call__(self, **tensors: Tensor | None) -> None:

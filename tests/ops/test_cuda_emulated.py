@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_checks import (
@@ -194,6 +195,19 @@ def test_closed_gates_are_seen() -> None:
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("names", [("x", "delta"), ("z",), ("B", "C")])
+def test_scan_of_tokens_far_apart(names: tuple[str, ...]) -> None:
+    """A chunk of them spans more bytes than 32 bits count."""
+    inputs = scan_inputs((1, 40, 32, 5))
+    for name in names:
+        tensor = inputs[name]
+        memory = torch.from_numpy(np.empty((40 << 25) + 64, dtype=np.float32))  # of which few pages are touched
+        far = memory.as_strided(tensor.shape, (40 << 25, 1 << 25, 1)).copy_(tensor)
+        inputs[name] = far.detach().requires_grad_(tensor.requires_grad)
+    plan = scan.Plan(4, 16, 1, WHOLE)
+    hold(inputs, plan, plan)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("d_inner", "sets"), [(64, 1), (96, 2), (128, 2)])
 def test_scan_whole_blocks(dtype: torch.dtype, d_inner: int, sets: int) -> None:
@@ -334,6 +348,15 @@ def test_norm(
 )
 def test_cross_entropy(shape: tuple[int, int], dtype: torch.dtype) -> None:
     hold_cross_entropy(loss.cross_entropy_, shape, dtype)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_label_outside_the_vocabulary_is_no_number(gradient: bool) -> None:
+    logits, targets = torch.randn(3, 72), torch.tensor([5, 72, -100])
+    losses = loss.cross_entropy_(logits, targets, gradient=gradient)
+    assert losses[1].isnan() and losses[0] > 0 and losses[2] == 0
+    if gradient:
+        assert logits[1].isnan().all() and logits[[0, 2]].isfinite().all()
 
 
 def test_linear_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:

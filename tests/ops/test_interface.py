@@ -12,6 +12,7 @@ from mambacus.ops import (
     causal_conv1d,
     causal_conv1d_update,
     linear,
+    nvrtc,
     rms_norm,
     selective_scan,
     selective_state_update,
@@ -182,3 +183,34 @@ def test_defaults_of_torch_do_not_reach_the_kernels():
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_tensors_on_another_device_are_refused():
+    """A kernel would read their addresses."""
+    scan, conv = scan_inputs(2, 3, 16, 4), conv_inputs(2, 3, 16, 4)
+    initial = scan.pop("initial_state")
+    for name in ("delta", "A", "B", "C", "D", "z", "delta_bias"):
+        with pytest.raises(ValueError, match=f"{name}: expected on cpu as x, got meta"):
+            selective_scan(**scan | {name: scan[name].to("meta")})
+    with pytest.raises(ValueError, match="initial_state: expected on cpu"):
+        selective_scan(**scan, initial_state=initial.to("meta"))
+    with pytest.raises(ValueError, match="seq_idx: expected on cpu"):
+        selective_scan(**scan, seq_idx=torch.zeros(2, 3, dtype=torch.int32, device="meta"))
+    token = {k: v[:, 0] if k in ("x", "delta", "B", "C", "z") else v for k, v in scan.items()}
+    with pytest.raises(ValueError, match="state: expected on cpu"):
+        selective_state_update(initial.to("meta"), **token)
+    state = conv.pop("initial_state")
+    for name in ("weight", "bias"):
+        with pytest.raises(ValueError, match=f"{name}: expected on cpu"):
+            causal_conv1d(**conv | {name: conv[name].to("meta")})
+    with pytest.raises(ValueError, match="conv_state: expected on cpu"):
+        causal_conv1d_update(conv["x"][:, 0], state.to("meta"), conv["weight"])
+
+
+def test_an_input_too_large_for_a_launch_is_named():
+    program, struct = nvrtc.Program("", (), 0), nvrtc.struct("x", "far", "stride batch")
+    nvrtc.Launch.of(program, "scan", (2**31 - 1, 65535, 1), 32, struct, {"far": 2**40, "stride": -(2**31), "batch": 1})
+    with pytest.raises(ValueError, match="scan: too large an input: expected stride within 32 bits, got 2147483648"):
+        nvrtc.Launch.of(program, "scan", (1, 1, 1), 32, struct, {"stride": 2**31})
+    with pytest.raises(ValueError, match="conv: too large an input: expected at most 65535 blocks in y and z"):
+        nvrtc.Launch.of(program, "conv", (1, 65536, 1), 32, struct, {})

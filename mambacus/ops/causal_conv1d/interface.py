@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mambacus.ops.causal_conv1d.reference import causal_conv1d_ref, causal_conv1d_update_ref
-from mambacus.ops.checks import check_shape, check_tokens
+from mambacus.ops.checks import check_device, check_shape, check_tokens
 from mambacus.ops.dispatch import choose_backend, runs_eagerly_on_cpu, runs_eagerly_on_gpu
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? seq_idx, Tensor? initial_state"
@@ -80,6 +80,7 @@ def causal_conv1d(
     silu = _check(x, weight, bias, activation, rank=3)
     check_tokens("seq_idx", seq_idx, x)
     check_shape("initial_state", initial_state, (x.shape[0], *weight.shape))
+    check_device(x, seq_idx=seq_idx, initial_state=initial_state)
     if choose_backend("causal_conv1d", x.device, backend, dtype=x.dtype).name == "reference":
         return causal_conv1d_ref(x, weight, bias, activation=activation, seq_idx=seq_idx, initial_state=initial_state)
     given = (x, weight, bias, silu, seq_idx, initial_state)
@@ -125,6 +126,7 @@ def causal_conv1d_update(
     silu = _check(x, weight, bias, activation, rank=2)
     check_shape("conv_state", conv_state, (x.shape[0], *weight.shape))
     check_shape("out", out, conv_state.shape)
+    check_device(x, conv_state=conv_state, out=out)
     tensors = (x, conv_state, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if needs_grad and out is not None:
@@ -153,6 +155,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     if weight.dim() != 2 or weight.shape[0] != x.shape[-1]:
         raise ValueError(f"weight: expected shape ({x.shape[-1]}, d_conv), got {tuple(weight.shape)}")
     check_shape("bias", bias, (weight.shape[0],))
+    check_device(x, weight=weight, bias=bias)
     if activation not in ("silu", None):
         raise ValueError(f"activation: expected 'silu' or None, got {activation!r}")
     return activation == "silu"

@@ -31,11 +31,12 @@ def cross_entropy_(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor
 
     Args:
         logits: (rows, columns), contiguous; overwritten with their gradients if ``gradient``.
-        targets: int64 (rows,), contiguous.
+        targets: int64 (rows,), contiguous; one that is no column makes its row's loss and gradients NaN.
         gradient: whether the gradients are wanted.
     """
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     if len(logits) > 0:
         launch = _launch(nvrtc.layout(logits), gradient, logits.device.index)
-        launch(logits=logits, targets=targets, losses=losses)
+        with nvrtc.on_device(logits.device):
+            launch(logits=logits, targets=targets, losses=losses)
     return losses

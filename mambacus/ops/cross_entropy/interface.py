@@ -23,7 +23,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     Args:
         hidden: (rows, width).
         weight: (columns, width), of the output head.
-        targets: int64 (rows,); rows with a negative target are not counted.
+        targets: int64 (rows,); rows with a negative target are not counted. One beyond the columns makes the loss NaN
+            in the kernel, which cannot raise, and is an error of torch elsewhere.
 
     Returns:
         float32 ().

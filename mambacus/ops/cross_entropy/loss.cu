@@ -48,11 +48,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) cross_entropy(const Args p
     s_most[threadIdx.x / 32] = own.most;
     s_sum[threadIdx.x / 32] = own.sum;
   }
-  const float chosen = target < 0 ? 0.0f : load<LOGITS_TYPE>(at<LOGITS_TYPE>(logits, target))[0];
+  const bool outside = target >= COLUMNS;  // of the vocabulary: an error of the caller, whose loss is no number
+  const float chosen = target < 0 || outside ? 0.0f : load<LOGITS_TYPE>(at<LOGITS_TYPE>(logits, target))[0];
   __syncthreads();
   own = {s_most[0], s_sum[0]};
   for (int w = 1; w < THREADS / 32; w++) own.join(s_most[w], s_sum[w]);
-  const float log2_total = own.most + log2f(own.sum);
+  float log2_total = own.most + log2f(own.sum);
+  if (outside) log2_total = __uint_as_float(0x7fc00000u);
   if (threadIdx.x == 0) p.losses[row] = target < 0 ? 0.0f : log2_total * LN_2 - chosen;
   if (!GRADIENT) return;
   __syncthreads();  // the target's logit has been read

@@ -19,7 +19,7 @@ from torch import Tensor
 from mambacus.ops import nvrtc
 from mambacus.ops.decode_step.interface import LayerWeights, StepWeights
 from mambacus.ops.linear.gpu import float32_product
-from mambacus.ops.nvrtc import Launch, Program
+from mambacus.ops.nvrtc import MOST_BLOCKS, Launch, Program
 from mambacus.ops.rms_norm import add_rms_norm, rms_norm
 
 FEW_ROWS = 48  # up to here the own products are used
@@ -27,7 +27,7 @@ FEW_ROWS = 48  # up to here the own products are used
 # idle; of in_proj, or the head, what is read while one product ends and the next begins.
 AHEAD = {"in": 24 << 20, "out": 8 << 20, "head": 0}
 AHEAD_ROWS = 8  # more rows are slower with it
-MOST_ROWS = 65535 * 4
+MOST_ROWS = 2 * MOST_BLOCKS  # ``update`` takes at least two a block
 _D_CONV = 4
 _D_STATES = (8, 16, 32, 64)
 _MOST_OUTPUTS = 16 * 24  # of x_proj: a warp for 16, at most 768 threads

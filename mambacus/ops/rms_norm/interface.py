@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambacus.ops.dispatch import runs_eagerly_on_cpu, runs_eagerly_on_gpu
+from mambacus.ops.nvrtc import on_device
 
 _VECTOR = 16  # the kernel reads whole vectors of at most so many numbers
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -117,14 +118,16 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from mambacus.ops.rms_norm import gpu
 
-    return gpu.forward(x, added, weight, eps, dtype)
+    with on_device(x.device):
+        return gpu.forward(x, added, weight, eps, dtype)
 
 
 @torch.library.impl("mambacus::rms_norm_backward", "CUDA")
 def _backward(grad_y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from mambacus.ops.rms_norm import gpu
 
-    return gpu.backward(grad_y, *args)
+    with on_device(grad_y.device):
+        return gpu.backward(grad_y, *args)
 
 
 @torch.library.register_fake("mambacus::rms_norm_forward")

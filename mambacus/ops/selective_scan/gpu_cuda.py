@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mambacus.ops import nvrtc
-from mambacus.ops.nvrtc import TYPES, Launch, Layout, Program, channels_last, layout, parameter
+from mambacus.ops.nvrtc import TYPES, Launch, Layout, Program, channels_last, layout, near, parameter
 
 MAX_STATES = 64
 MAX_ROWS = 65535
@@ -240,7 +240,7 @@ class Inputs(NamedTuple):
     ) -> Inputs:  # fmt: skip
         """Copy what is not yet as wanted."""
         return Inputs(
-            channels_last(x), channels_last(delta), A.float().contiguous(), B, C, parameter(D),
+            channels_last(x), channels_last(delta), A.float().contiguous(), near(B), near(C), parameter(D),
             None if z is None else channels_last(z), parameter(delta_bias),
             None if seq_idx is None else seq_idx.to(torch.int32).contiguous(), delta_softplus,
         )  # fmt: skip

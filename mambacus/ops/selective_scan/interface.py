@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambacus.ops.checks import check_shape, check_tokens
+from mambacus.ops.checks import check_device, check_shape, check_tokens
 from mambacus.ops.dispatch import choose_backend, runs_eagerly_on_cpu, runs_eagerly_on_gpu
 from mambacus.ops.selective_scan.reference import selective_scan_ref, selective_state_update_ref
 
@@ -103,6 +103,7 @@ def selective_scan(
     batch, _, d_inner = x.shape
     check_tokens("seq_idx", seq_idx, x)
     check_shape("initial_state", initial_state, (batch, d_inner, A.shape[1]))
+    check_device(x, seq_idx=seq_idx, initial_state=initial_state)
     if choose_backend("selective_scan", x.device, backend, dtype=x.dtype).name == "reference":
         return selective_scan_ref(
             x, delta, A, B, C, D, z, delta_bias=delta_bias, delta_softplus=delta_softplus, seq_idx=seq_idx,
@@ -166,6 +167,7 @@ def selective_state_update(
     batch, d_inner = x.shape
     check_shape("state", state, (batch, d_inner, A.shape[-1]))
     check_shape("out", out, state.shape)
+    check_device(x, state=state, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, out=out)
     needs_grad = _needs_grad(state, x, delta, A, B, C, D, z, delta_bias)
     if needs_grad and out is not None:
         raise ValueError("out: expected None where a gradient is needed: it would overwrite what the gradient needs")
@@ -220,6 +222,7 @@ def _check(
     check_shape("D", D, (d_inner,))
     check_shape("z", z, (batch, seqlen, d_inner))
     check_shape("delta_bias", delta_bias, (d_inner,))
+    check_device(x, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
