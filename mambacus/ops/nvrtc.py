@@ -224,12 +224,10 @@ class Launch:
         """
         for name, kind in struct._fields_:  # type: ignore[misc]
             if kind is ctypes.c_int and not -(2**31) <= numbers.get(name, 0) < 2**31:
-                raise ValueError(
-                    f"{kernel}: expected {name} within 32 bits, got {numbers[name]}: the input is too large"
-                )
+                raise ValueError(f"{kernel}: too large an input: expected {name} within 32 bits, got {numbers[name]}")
         if max(grid[1:]) > MOST_BLOCKS:
             raise ValueError(
-                f"{kernel}: expected at most {MOST_BLOCKS} blocks in y and z, got {grid}: the input is too large"
+                f"{kernel}: too large an input: expected at most {MOST_BLOCKS} blocks in y and z, got {grid}"
             )
         return Launch(program, kernel, grid, threads, struct, bytes(struct(**numbers)), shared_bytes, overlaps)
 

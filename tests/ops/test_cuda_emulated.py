@@ -198,11 +198,11 @@ def test_closed_gates_are_seen() -> None:
 @pytest.mark.parametrize("names", [("x", "delta"), ("z",), ("B", "C")])
 def test_scan_of_tokens_far_apart(names: tuple[str, ...]) -> None:
     """A chunk of them spans more bytes than 32 bits count."""
-    inputs = scan_inputs((1, 40, 32, 5))
+    inputs = scan_inputs((1, 24, 32, 5))
     for name in names:
         tensor = inputs[name]
-        memory = torch.from_numpy(np.empty((40 << 25) + 64, dtype=np.float32))  # of which few pages are touched
-        far = memory.as_strided(tensor.shape, (40 << 25, 1 << 25, 1)).copy_(tensor)
+        memory = torch.from_numpy(np.empty((24 << 26) + 64, dtype=np.float32))  # of which few pages are touched
+        far = memory.as_strided(tensor.shape, (24 << 26, 1 << 26, 1)).copy_(tensor)
         inputs[name] = far.detach().requires_grad_(tensor.requires_grad)
     plan = scan.Plan(4, 16, 1, WHOLE)
     hold(inputs, plan, plan)
