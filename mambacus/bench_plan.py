@@ -63,6 +63,7 @@ def _words(value: str | tuple[object, ...]) -> str:
     return value if isinstance(value, str) else ",".join(map(str, value))
 
 
+FLOATS = ("float32", "bfloat16", "float16")
 _EVERYWHERE = {
     "what", "out", "label", "device", "threads", "dtypes", "overwrite",
     "data_dir",  # a study gives it to all of its commands
@@ -91,6 +92,8 @@ def idle(config: Config) -> list[str]:
             faults.append(f"--{field.name.replace('_', '-')}: expected with {kinds}, not with {config.what}")
     if config.what == "eval" and len(config.dtypes) > 1:
         faults.append(f"--dtypes: expected one for eval, got {','.join(config.dtypes)}")
+    if config.what in ("scan", "eval") and (wrong := [name for name in config.dtypes if name not in FLOATS]):
+        faults.append(f"--dtypes: expected of {', '.join(FLOATS)} for {config.what}, got {','.join(wrong)}")
     return faults
 
 

@@ -14,6 +14,7 @@ from mambacus.ops import nvrtc
 from mambacus.runtime.errors import UserError, suggest
 
 _PLAIN = (Tensor, nn.Parameter)
+_TRITON_ALONE = ("selective_state_update", "causal_conv1d_update")  # on a GPU; `decode_step` has them in CUDA C++
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
@@ -55,29 +56,31 @@ def choose_backend(
     if requested == "reference":
         return Choice("reference", "requested")
     if requested != "auto":
-        obstacle = _obstacle(requested, device, dtype)
+        obstacle = _obstacle(op, requested, device, dtype)
         if obstacle:
             raise UserError(f"{op}: backend {requested!r} cannot run: {obstacle}")
         return Choice(requested, "requested")
     if dtype == torch.float64:
         return Choice("reference", "float64 input; the kernels compute in float32")
     native = "triton" if device.type == "cuda" else "cpu"
-    obstacle = _obstacle(native, device, dtype)
+    obstacle = _obstacle(op, native, device, dtype)
     if obstacle is None:
-        return Choice(native, f"{device.type} device")
+        rocm = native == "triton" and torch.version.hip is not None
+        return Choice(native, "rocm device, untested" if rocm else f"{device.type} device")
     warnings.warn(f"{op}: running the slow reference implementation: {obstacle}", RuntimeWarning, stacklevel=3)
     return Choice("reference", obstacle)
 
 
-def _obstacle(backend: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Return why ``backend`` cannot run on ``device``, or None if it can."""
+def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Return why ``backend`` cannot run ``op`` on ``device``, or None if it can."""
     device_type, package = {"cpu": ("cpu", "numba"), "triton": ("cuda", "triton")}[backend]
     # Fake tensors of torch.compile keep their device; meta tensors run no kernel and may pass as CPU.
     if device.type != device_type and not (device.type == "meta" and backend == "cpu"):
         return f"it needs {device_type} tensors, got {device.type}"
     # On an NVIDIA GPU the kernels in CUDA C++ need no package: `mambacus.ops.nvrtc`
-    if importlib.util.find_spec(package) is None and (backend == "cpu" or nvrtc.unavailable() is not None):
-        return f"the package {package} is not installed"
+    needs_package = backend == "cpu" or op in _TRITON_ALONE or nvrtc.unavailable() is not None
+    if needs_package and importlib.util.find_spec(package) is None:
+        return f"the package {package} is not installed: pip install 'mambacus{'[gpu]' if package == 'triton' else ''}'"
     if dtype == torch.float64:
         return "it computes in float32, got float64 input"
     return None

@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -24,6 +25,7 @@ from torch import Tensor
 from mambacus.runtime.errors import UserError
 
 _log = logging.getLogger(__name__)
+_DIGEST_BYTES = 32  # SHA-256, before the machine code that it is of
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 MOST_BLOCKS = 65535  # of a grid in y and z
@@ -329,8 +331,12 @@ def _load(program: Program, name: str, shared_bytes: int, overlaps: bool) -> Ker
     return Kernel(function, shared_bytes, program.device, overlaps)
 
 
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def _cache_folder() -> Path | None:
+    """Return where kernels are kept, None for a user without a home."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
     return Path(base) / "mambacus" / "kernels"
 
 
@@ -345,19 +351,51 @@ def machine_code(program: Program) -> bytes:
     version = (ctypes.c_int(), ctypes.c_int())
     _nvrtc().nvrtcVersion(ctypes.byref(version[0]), ctypes.byref(version[1]))
     key = "\n".join([program.source, *options, f"{version[0].value}.{version[1].value}"])
-    path = _cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
-    if path.is_file():
-        return path.read_bytes()
-    _log.info("compiling a CUDA kernel (%s); kept in %s", " ".join(program.macros), path.parent)
+    folder = _cache_folder()
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin" if folder is not None else None
+    kept = None if path is None else _kept(path)
+    if kept is not None:
+        return kept
+    _say("compiling CUDA kernels for this GPU, once for each kind of input")
+    _log.info("compiling a CUDA kernel (%s)", " ".join(program.macros))
     code = _compile(program.source, options)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    if path is None:
+        _say("compiled kernels are not kept: this user has no home folder; set XDG_CACHE_HOME")
+    else:
+        _keep(path, code)
+    return code
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """Tell the user something, once a process."""
+    print(f"mambacus: {message}", file=sys.stderr)
+
+
+def _kept(path: Path) -> bytes | None:
+    """Return kept machine code, None where there is none that is whole."""
+    try:
+        content = path.read_bytes()
+    except OSError:  # mostly not there; where it may not be read, keeping it will fail too, and say so
+        return None
+    digest, code = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _keep(path: Path, code: bytes) -> None:
+    """Write machine code behind its checksum, so that no reader, process or thread sees half of it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(code)
-        temporary.replace(path)
+        handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(code).digest() + code)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
     except OSError as error:
-        _log.warning("cannot keep the compiled kernel in %s: %s", path.parent, error)
-    return code
+        _say(f"compiled kernels are not kept in {path.parent}: {error.strerror or error}")
 
 
 def _compile(source: str, options: list[str]) -> bytes:

@@ -94,6 +94,12 @@ def test_all_faults_are_named_at_once(tmp_path):
         bench.run(bench.Config("eval", tmp_path / "r.json", batches=(4,), dtypes=("float32", "bfloat16")))
 
 
+@pytest.mark.parametrize("what", ["scan", "eval"])
+def test_dtypes_that_a_kind_does_not_take_are_named(what, tmp_path):
+    with pytest.raises(UserError, match=f"--dtypes: expected of float32, bfloat16, float16 for {what}, got int8"):
+        bench.run(bench.Config(what, tmp_path / "r.json", dtypes=("int8",)))
+
+
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_recipes_set_what_counts(name):
     hints = typing.get_type_hints(bench.Config)

@@ -195,6 +195,12 @@ def test_closed_gates_are_seen() -> None:
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("d_state", [17, 33])
+def test_scan_of_many_states(d_state: int) -> None:
+    plan = scan.Plan(4, 16, 1, WHOLE)
+    hold(scan_inputs((1, 37, 40, d_state)), plan, plan)
+
+
 @pytest.mark.parametrize("names", [("x", "delta"), ("z",), ("B", "C")])
 def test_scan_of_tokens_far_apart(names: tuple[str, ...]) -> None:
     """A chunk of them spans more bytes than 32 bits count."""
@@ -334,6 +340,7 @@ def test_conv_shapes(shape: tuple[int, int, int, int]) -> None:
         ((3, 70), False, torch.float16, torch.float16, torch.float16),
         ((3, 70), True, torch.float32, torch.float32, torch.float32),
         ((5, 1200), True, torch.float32, torch.bfloat16, torch.bfloat16),
+        ((6, 128), True, torch.bfloat16, torch.bfloat16, torch.bfloat16),
     ],
     ids=str,
 )
@@ -341,6 +348,23 @@ def test_norm(
     shape: tuple[int, int], with_added: bool, dtype: torch.dtype, weight_dtype: torch.dtype, y_dtype: torch.dtype
 ) -> None:
     hold_norm(norm.forward, norm.backward, shape, dtype, weight_dtype, y_dtype, with_added=with_added)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_norm_of_a_sum_is_that_of_the_sum_that_is_kept(dtype: torch.dtype) -> None:
+    x, added, weight = torch.randn(6, 128).to(dtype), torch.randn(6, 128), torch.randn(128)
+    y, total, scale = norm.forward(x, added, weight, 1e-5, torch.float32)
+    again, _, scale_again = norm.forward(total, None, weight, 1e-5, torch.float32)
+    assert total.dtype == dtype and torch.equal(y, again) and torch.equal(scale, scale_again)
+
+
+@pytest.mark.parametrize("shape", [(41, 128), (13, 1200)], ids=str)
+def test_norm_of_more_rows_than_blocks(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backwards a block walks through several rounds of rows, as it does in training."""
+    monkeypatch.setattr(norm, "_BACKWARD_BLOCKS", 2)
+    norm._launch.cache_clear()
+    hold_norm(norm.forward, norm.backward, shape, torch.float32, torch.float32, torch.bfloat16, with_added=True)
+    norm._launch.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from op_cases import conv_inputs, documents, scan_inputs
 from mambacus.ops import (
     causal_conv1d,
     causal_conv1d_update,
+    dispatch,
     linear,
     nvrtc,
     rms_norm,
@@ -214,3 +215,40 @@ def test_an_input_too_large_for_a_launch_is_named():
         nvrtc.Launch.of(program, "scan", (1, 1, 1), 32, struct, {"stride": 2**31})
     with pytest.raises(ValueError, match="conv: too large an input: expected at most 65535 blocks in y and z"):
         nvrtc.Launch.of(program, "conv", (1, 65536, 1), 32, struct, {})
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    choose_backend.cache_clear()
+    yield monkeypatch
+    choose_backend.cache_clear()
+
+
+def test_a_missing_triton_names_the_fix(without_triton):
+    fix = re.escape("the package triton is not installed: pip install 'mambacus[gpu]'")
+    without_triton.setattr(nvrtc, "unavailable", lambda: "no NVRTC")
+    with pytest.warns(RuntimeWarning, match=fix):
+        assert choose_backend("selective_scan", CUDA).name == "reference"
+    with pytest.raises(UserError, match=fix):
+        choose_backend("selective_scan", CUDA, "triton")
+
+
+def test_updates_need_triton_where_the_scan_does_not(without_triton):
+    without_triton.setattr(nvrtc, "unavailable", lambda: None)
+    assert choose_backend("selective_scan", CUDA) == Choice("triton", "cuda device")
+    for op in ("selective_state_update", "causal_conv1d_update"):
+        with pytest.warns(RuntimeWarning, match=re.escape("pip install 'mambacus[gpu]'")):
+            assert choose_backend(op, CUDA).name == "reference"
+
+
+def test_rocm_is_said_to_be_untested(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+    choose_backend.cache_clear()
+    assert choose_backend("selective_scan", CUDA) == Choice("triton", "rocm device, untested")
+    assert choose_backend("selective_scan", torch.device("cpu")).reason == "cpu device"
+    choose_backend.cache_clear()

@@ -177,7 +177,7 @@ def test_updates(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(300, 768), (5, 70), (9, 2560)], ids=str)
+@pytest.mark.parametrize("shape", [(300, 768), (5, 70), (9, 2560), (5000, 128)], ids=str)
 @pytest.mark.parametrize("with_added", [True, False])
 def test_norm(shape: tuple[int, int], with_added: bool, weight_dtype: torch.dtype) -> None:
     from mambacus.ops.rms_norm import gpu
