@@ -111,6 +111,7 @@ def run(config: Config) -> Record:
     from mambacus.measuring.journal import RowJournal, journal_path
     from mambacus.measuring.sides import require
     from mambacus.measuring.timing import ceilings
+    from mambacus.ops.dispatch import which_kernels
     from mambacus.runtime.device import resolve_device
 
     watch = Stopwatch()
@@ -130,6 +131,7 @@ def run(config: Config) -> Record:
         results = {"rows": _measure_all(list(plan(config)), config.timeout, journal, limits), "ceilings": limits}
         if config.what == "lengths":
             results["crossovers"] = crossovers(results["rows"])
+    results |= which_kernels(device)
     label = config.label or ("selective_scan" if config.what == "scan" else config.model or "")
     record = watch.record("bench", label, given, results)
     write_record(config.out, record)

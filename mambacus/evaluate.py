@@ -75,7 +75,8 @@ def run(config: Config) -> Record:
     from mambacus.evals.catalogue import load_tasks, same_examples
     from mambacus.evals.processes import Processes, summed
     from mambacus.models.quantised import quantisation_record
-    from mambacus.runtime.device import resolve_device
+    from mambacus.ops.dispatch import which_kernels
+    from mambacus.runtime.device import resolve_device, resolve_dtype
 
     processes = Processes(resolve_device(config.device))
     if config.limit is not None and config.limit < processes.count:
@@ -111,6 +112,8 @@ def run(config: Config) -> Record:
         "seconds": {"answering": round(sum(answering), 3)},
         "fewshot_split": {task.config.task: _fewshot_split(task) for task in tasks if task.config.num_fewshot},
     }
+    if hasattr(model, "state_reuse_record"):  # ours
+        results |= which_kernels(processes.device, resolve_dtype(config.dtype))
     if config.weights:
         results["quantisation"] = quantisation_record(model.model)
     items = items_path(config.out)

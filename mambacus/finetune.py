@@ -102,6 +102,7 @@ def run(config: Config) -> Record:
 
     from mambacus.models import load
     from mambacus.models.signature import signature
+    from mambacus.ops.dispatch import which_kernels
     from mambacus.runtime.device import resolve_device
     from mambacus.tuning import methods, processes, sharding
     from mambacus.tuning.prepare import prepare
@@ -147,6 +148,7 @@ def run(config: Config) -> Record:
         "autocast": str(autocast).removeprefix("torch."),
         "processes": processes.world_size(),
         "sharded": processes.is_sharded(),
+        **which_kernels(device),
         "check": checking.after(trained, shared is not None),
     }
     # as it was asked for, so that a study finds it again; what the method filled in stands among the results

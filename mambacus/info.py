@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from mambacus.models.costs import Costs
 
-_OPS = ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update")
 _DTYPES = {"float32": 4, "bfloat16": 2}
 
 
@@ -63,11 +62,10 @@ def run(config: Config) -> Record:
 def _mamba(name: str, device: torch.device) -> dict[str, Any]:
     from mambacus.models import MambaState, load_config
     from mambacus.models.counting import count_flops, count_parameters
-    from mambacus.ops.dispatch import choose_backend
+    from mambacus.ops.dispatch import which_kernels
     from mambacus.runtime.device import DTYPES
 
     shape = load_config(name)
-    choices = {op: choose_backend(op, device, dtype=DTYPES["float32"]) for op in _OPS}
     parameters, in_float32 = count_parameters(shape)
     total = sum(parameters.values())
     return {
@@ -79,19 +77,8 @@ def _mamba(name: str, device: torch.device) -> dict[str, Any]:
         },
         "flops_per_token": count_flops(shape),
         "device": str(device),
-        "backends": {op: dataclasses.asdict(choice) for op, choice in choices.items()},
-        "kernels": _kernels(device),
+        **which_kernels(device),
     }  # fmt: skip
-
-
-def _kernels(device: torch.device) -> str:
-    """Return what the backends ``cpu`` and ``triton`` run on this device, and why."""
-    from mambacus.ops import nvrtc
-
-    if device.type == "cpu":
-        return "numba, compiled for this processor when first used"
-    obstacle = nvrtc.unavailable()
-    return "CUDA C++, compiled by NVRTC when first used" if obstacle is None else f"Triton, since NVRTC: {obstacle}"
 
 
 def _transformer(costs: Costs, device: torch.device) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def run(config: Config) -> Record:
     from mambacus.data.tokenizer import EOS_ID, PAD_ID
     from mambacus.models import MambaConfig
     from mambacus.models.registry import random_model
+    from mambacus.ops.dispatch import which_kernels
     from mambacus.runtime.device import resolve_device
     from mambacus.runtime.outputs import claim_directory
     from mambacus.tuning.pretraining import Mixture, Pretraining, samples
@@ -119,6 +120,7 @@ def run(config: Config) -> Record:
         "samples": samples(model, tokenizer, _SAMPLE_PROMPTS, EOS_ID),
         "torch_autocast": "bfloat16" if device.type == "cuda" else "none",
         "torch_version": torch.__version__,
+        **which_kernels(device),
     }
     record = watch.record("pretrain", config.out.name, config, results)
     write_record(config.out / "model" / "training_record.json", record)

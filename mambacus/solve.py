@@ -78,7 +78,9 @@ def run(config: Config) -> Record:
     stopwatch = Stopwatch()
     from mambacus.evals.math import examples, load_problems, prompt, summarise
     from mambacus.models.quantised import quantisation_record
+    from mambacus.ops.dispatch import which_kernels
     from mambacus.prompts.prompt import question_of
+    from mambacus.runtime.device import resolve_device
 
     if config.style == "program":
         from mambacus.evals.sandbox import check_available
@@ -108,6 +110,8 @@ def run(config: Config) -> Record:
     results["prompt_tokens"] = getattr(getattr(engine, "stats", None), "prompt_tokens", None)
     if config.state is not None:  # against reading its text for every problem; --prompt too reads that once a run
         results["prompt_tokens_saved"] = int(engine.model.tokens) * sum(map(len, sets.values()))
+    if hasattr(engine, "stats"):  # ours
+        results |= which_kernels(resolve_device(config.device))
     if config.weights:
         results["quantisation"] = quantisation_record(engine.model)
     record = stopwatch.record("solve", _label(config), config, results, items_file=path.name)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import os
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from mambacus.runtime.errors import UserError, suggest
 
 _PLAIN = (Tensor, nn.Parameter)
 _TRITON_ALONE = ("selective_state_update", "causal_conv1d_update")  # on a GPU; `decode_step` has them in CUDA C++
+OPS = ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update")
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
@@ -69,6 +72,25 @@ def choose_backend(
         return Choice(native, "rocm device, untested" if rocm else f"{device.type} device")
     warnings.warn(f"{op}: running the slow reference implementation: {obstacle}", RuntimeWarning, stacklevel=3)
     return Choice("reference", obstacle)
+
+
+def which_kernels(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Return what ``auto`` runs on a device, for a record.
+
+    Returns:
+        ``backends``, for each op its ``name`` and ``reason``, and ``kernels``, what those are here and why.
+    """
+    backends = {op: dataclasses.asdict(choose_backend(op, device, dtype=dtype)) for op in OPS}
+    if device.type != "cuda":
+        return {"backends": backends, "kernels": "numba, compiled for this processor when first used"}
+    wanted, obstacle = os.environ.get("MAMBACUS_GPU_KERNELS"), nvrtc.unavailable()
+    if wanted:
+        kernels = f"MAMBACUS_GPU_KERNELS={wanted}"
+    elif obstacle is None:
+        kernels = "CUDA C++, compiled by NVRTC when first used"
+    else:
+        kernels = f"Triton, since NVRTC: {obstacle}"
+    return {"backends": backends, "kernels": kernels}
 
 
 def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype | None) -> str | None:

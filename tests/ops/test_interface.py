@@ -18,7 +18,7 @@ from mambacus.ops import (
     selective_scan,
     selective_state_update,
 )
-from mambacus.ops.dispatch import Choice, choose_backend
+from mambacus.ops.dispatch import Choice, choose_backend, which_kernels
 from mambacus.runtime.errors import UserError
 
 OPS = torch.ops.mambacus
@@ -251,4 +251,18 @@ def test_rocm_is_said_to_be_untested(monkeypatch):
     choose_backend.cache_clear()
     assert choose_backend("selective_scan", CUDA) == Choice("triton", "rocm device, untested")
     assert choose_backend("selective_scan", torch.device("cpu")).reason == "cpu device"
+    choose_backend.cache_clear()
+
+
+def test_a_record_says_which_kernels_run(monkeypatch):
+    found = which_kernels(torch.device("cpu"))
+    assert set(found["backends"]) == set(dispatch.OPS) and found["kernels"].startswith("numba")
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: None)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+    choose_backend.cache_clear()
+    assert which_kernels(CUDA)["kernels"].startswith("CUDA C++")
+    monkeypatch.setattr(nvrtc, "unavailable", lambda: "no driver")
+    assert which_kernels(CUDA)["kernels"] == "Triton, since NVRTC: no driver"
+    monkeypatch.setenv("MAMBACUS_GPU_KERNELS", "triton")
+    assert which_kernels(CUDA)["kernels"] == "MAMBACUS_GPU_KERNELS=triton"
     choose_backend.cache_clear()
