@@ -75,7 +75,16 @@ def test_scan_whole_blocks(kernels: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 70, 33, 17), (2, 65, 40, 1), (1, 1, 64, 16), (1, 140, 40, 64), (1, 150, 40, 130)]
+    "shape",
+    [
+        (1, 70, 33, 17),
+        (2, 65, 40, 1),
+        (1, 1, 64, 16),
+        (1, 140, 40, 64),
+        (1, 150, 40, 130),
+        (1, 70, 20, 255),
+        (1, 70, 20, 256),
+    ],
 )
 def test_scan_odd_shapes(shape: tuple[int, int, int, int]) -> None:
     hold(scan_inputs(shape, device="cuda"))
@@ -177,7 +186,7 @@ def test_updates(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(300, 768), (5, 70), (9, 2560)], ids=str)
+@pytest.mark.parametrize("shape", [(300, 768), (5, 70), (9, 2560), (5000, 2560)], ids=str)
 @pytest.mark.parametrize("with_added", [True, False])
 def test_norm(shape: tuple[int, int], with_added: bool, weight_dtype: torch.dtype) -> None:
     from mambacus.ops.rms_norm import gpu
