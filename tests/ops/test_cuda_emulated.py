@@ -137,8 +137,8 @@ def hold(
         if i.z is not None:  # every other row of memory that is twice as wide
             place = torch.empty(*i.z.shape[:2], 2 * i.z.shape[2], dtype=i.z.dtype)[..., i.z.shape[2] :]
         grads = scan.backward(
-            i, guarded(grad_y), grad_final, args[11], backward_plan, CHUNK, wants_initial=args[10] is not None, grad_z=place,
-            y=y,
+            i, guarded(grad_y), grad_final, args[11], backward_plan, CHUNK, wants_initial=args[10] is not None,
+            grad_z=place, y=y,
         )  # fmt: skip
         given = (*args[:8], args[10])
         return tuple(torch.empty(0) if a is None else g.to(a.dtype) for g, a in zip(grads, given, strict=True))
