@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from guarded_memory import guard, guarded
 from kernel_checks import (
     SCAN_NAMES,
     STEP_SHAPES,
@@ -122,7 +123,7 @@ def _emulated(build: Callable[[nvrtc.Program], ctypes.CDLL], monkeypatch: pytest
 def hold(
     inputs: dict[str, Any], forward_plan: scan.Plan, backward_plan: scan.Plan, keeps: bool = True, **options: Any
 ) -> None:
-    """With ``keeps`` the backward pass is given y, where it reads it."""
+    """With ``keeps`` the backward pass is given y, where it reads it. No kernel may read past an input."""
     y = None
 
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -137,13 +138,13 @@ def hold(
         if i.z is not None:  # every other row of memory that is twice as wide
             place = torch.empty(*i.z.shape[:2], 2 * i.z.shape[2], dtype=i.z.dtype)[..., i.z.shape[2] :]
         grads = scan.backward(
-            i, grad_y, grad_final, args[11], backward_plan, CHUNK, wants_initial=args[10] is not None, grad_z=place,
-            y=y,
+            i, guarded(grad_y), grad_final, args[11], backward_plan, CHUNK, wants_initial=args[10] is not None,
+            grad_z=place, y=y,
         )  # fmt: skip
         given = (*args[:8], args[10])
         return tuple(torch.empty(0) if a is None else g.to(a.dtype) for g, a in zip(grads, given, strict=True))
 
-    hold_scan(forward, backward, inputs, **options)
+    hold_scan(forward, backward, guard(inputs), **options)
 
 
 WHOLE = 1 << 20
@@ -274,6 +275,12 @@ def test_scan_without_options() -> None:
     hold(inputs | {"delta": inputs["delta"].abs()}, plan, plan, softplus=False, with_final=False)
 
 
+@pytest.mark.parametrize("d_state", [17, 33])
+def test_more_states_than_the_warps_of_a_sum(d_state: int) -> None:
+    plan = scan.Plan(4, 16, 1, WHOLE)
+    hold(scan_inputs((1, 9, 8, d_state), absent=("z", "initial_state")), plan, plan, with_final=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_conv_with_documents(dtype: torch.dtype) -> None:
     seq_idx = document_ids(5, 45)
@@ -401,7 +408,7 @@ def run_many(weights: StepWeights, tokens: Tensor, *states: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 11, 20, 32, 48])
 def test_step_of_few_rows(batch: int) -> None:
-    hold_step(run_few, step_weights(), batch)
+    hold_step(run_few, guard(step_weights()), batch)
 
 
 class EmulatedDecoder(Decoder):
@@ -440,18 +447,18 @@ def test_a_wrong_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_step_with_more_rows_in_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "_THREADS_AT_ONCE", 0)
-    hold_step(run_few, step_weights(), 13)  # no other test's number: launches are kept
+    hold_step(run_few, guard(step_weights()), 13)  # no other test's number: launches are kept
 
 
 @pytest.mark.parametrize("sizes", STEP_SHAPES, ids=str)
 def test_step_shapes(sizes: dict[str, Any]) -> None:
-    hold_step(run_few, step_weights(**sizes), 2)
-    hold_step(run_few, step_weights(**sizes), 9)
+    hold_step(run_few, guard(step_weights(**sizes)), 2)
+    hold_step(run_few, guard(step_weights(**sizes)), 9)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"d_state": 8, "conv_bias": False}], ids=str)
 def test_step_of_many_rows(sizes: dict[str, Any]) -> None:
-    hold_step(run_many, step_weights(**sizes), 13)
+    hold_step(run_many, guard(step_weights(**sizes)), 13)
 
 
 @pytest.mark.parametrize("kind", ["in", "out", "head"])

@@ -75,7 +75,16 @@ def test_scan_whole_blocks(kernels: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 70, 33, 17), (2, 65, 40, 1), (1, 1, 64, 16), (1, 140, 40, 64), (1, 150, 40, 130)]
+    "shape",
+    [
+        (1, 70, 33, 17),
+        (2, 65, 40, 1),
+        (1, 1, 64, 16),
+        (1, 140, 40, 64),
+        (1, 150, 40, 130),
+        (1, 70, 20, 255),
+        (1, 70, 20, 256),
+    ],
 )
 def test_scan_odd_shapes(shape: tuple[int, int, int, int]) -> None:
     hold(scan_inputs(shape, device="cuda"))

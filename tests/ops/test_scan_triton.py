@@ -86,6 +86,11 @@ def test_slow_decays_do_not_add_up_errors_of_the_exponential(monkeypatch: pytest
 
 
 @case
+def test_more_states_than_a_program_transposes() -> None:
+    hold(scan_inputs((1, 4, 4, 70)))
+
+
+@case
 def test_nan_is_seen() -> None:
     from mambacus.ops.selective_scan import gpu_triton
 
@@ -110,3 +115,17 @@ def test_update() -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     gpu_triton.update(*order, one["delta_bias"], True, order[0])
     torch.testing.assert_close(order[0], want[1], rtol=1e-5, atol=1e-5)
+
+
+@case
+def test_update_with_strided_states_and_without_softplus() -> None:
+    from mambacus.ops.selective_scan import gpu_triton
+
+    inputs = scan_inputs((2, 1, 37, 5))
+    one = {k: v[:, 0] if k in ("x", "delta", "B", "C", "z") else v for k, v in inputs.items()}
+    one |= {"delta": one["delta"].abs(), "B": one["B"].mT.contiguous().mT, "C": torch.stack([one["C"]] * 3, -1)[..., 0]}
+    assert (one["B"].stride(1), one["C"].stride(1)) == (2, 3)
+    order = (one["initial_state"], *(one[k] for k in SCAN_NAMES[:7]))
+    want = selective_state_update_ref(*order, delta_softplus=False)
+    for a, b in zip(gpu_triton.update(*order, None, False), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
