@@ -139,8 +139,9 @@ class Scorer:
 
     def warm_up(self) -> None:
         """Do every kind of pass once with made-up requests, uncounted: the first of a kind loads its kernels."""
-        shared = tuple(range(1, 17)) * (PADDING_PER_PASS.get(self.device.type, PADDING_PER_PASS["cuda"]) // 16)
-        contexts = [(*shared, *range(place % 3 + 1), place) for place in range(8)]  # long enough to be read once
+        often = PADDING_PER_PASS.get(self.device.type, PADDING_PER_PASS["cuda"]) // 16 if self.state_reuse else 1
+        shared = tuple(place % self._vocabulary for place in range(1, 17)) * often  # long enough to be read once
+        contexts = [(*shared, *range(place % 3 + 1), place) for place in range(8)]
         pairs = [(context, (1,) * length) for context in contexts for length in (1, 2, 4)]
         counts, self.counts = self.counts, Counts()
         try:
