@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -25,6 +26,7 @@ from torch import Tensor
 from mambacus.runtime.errors import UserError
 
 _log = logging.getLogger(__name__)
+_saying = threading.Lock()  # threads that call a cached function at once all run it
 _DIGEST_BYTES = 32  # SHA-256, before the machine code that it is of
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -366,9 +368,14 @@ def machine_code(program: Program) -> bytes:
     return code
 
 
-@functools.cache
 def _say(message: str) -> None:
     """Tell the user something, once a process."""
+    with _saying:
+        _print_once(message)
+
+
+@functools.cache
+def _print_once(message: str) -> None:
     print(f"mambacus: {message}", file=sys.stderr)
 
 

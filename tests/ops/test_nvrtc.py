@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -33,7 +36,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(nvrtc, "_nvrtc", FakeNvrtc)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    nvrtc._say.cache_clear()
+    nvrtc._print_once.cache_clear()
     return sources
 
 
@@ -55,14 +58,44 @@ def test_a_damaged_file_is_made_anew(compiled: list[str], tmp_path: Path, damage
     assert len(compiled) == 2
 
 
-def test_threads_do_not_write_into_each_others_files(compiled: list[str], tmp_path: Path) -> None:
-    threads = [threading.Thread(target=machine_code, args=(PROGRAM,)) for _ in range(8)]
+class SlowText(io.StringIO):
+    """Gives other threads time to come in between."""
+
+    def write(self, text: str) -> int:
+        time.sleep(0.01)
+        return super().write(text)
+
+
+def test_threads_do_not_write_into_each_others_files(
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    together, moved, said = threading.Barrier(8, timeout=60), [], SlowText()
+    replace = os.replace
+
+    def note(source: str, target: Path) -> None:
+        moved.append(str(source))
+        replace(source, target)
+
+    def work() -> None:
+        together.wait()
+        machine_code(PROGRAM)
+
+    def compile_(source: str, options: list[str]) -> bytes:
+        together.wait()  # so that all find nothing kept
+        return source.encode() * 1000
+
+    monkeypatch.setattr(os, "replace", note)
+    monkeypatch.setattr(nvrtc, "_compile", compile_)
+    monkeypatch.setattr(sys, "stderr", said)
+    threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     [path] = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert nvrtc._kept(path) == b"source" * 1000
+    assert len(set(moved)) == len(moved) == 8
+    assert said.getvalue().count("mambacus: ") == 1, said.getvalue()
 
 
 def test_a_folder_that_takes_nothing_is_said_and_survived(
