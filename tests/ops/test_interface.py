@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -243,6 +244,15 @@ def test_updates_need_triton_where_the_scan_does_not(without_triton):
     for op in ("selective_state_update", "causal_conv1d_update"):
         with pytest.warns(RuntimeWarning, match=re.escape("pip install 'mambacus[gpu]'")):
             assert choose_backend(op, CUDA).name == "reference"
+
+
+def test_a_record_warns_of_nothing_and_a_call_still_does(without_triton):
+    without_triton.setattr(nvrtc, "unavailable", lambda: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert which_kernels(CUDA)["backends"]["selective_state_update"]["name"] == "reference"
+    with pytest.warns(RuntimeWarning, match="slow reference"):
+        choose_backend("selective_state_update", CUDA)
 
 
 def test_rocm_is_said_to_be_untested(monkeypatch):
