@@ -131,7 +131,7 @@ def run(config: Config) -> Record:
         results = {"rows": _measure_all(list(plan(config)), config.timeout, journal, limits), "ceilings": limits}
         if config.what == "lengths":
             results["crossovers"] = crossovers(results["rows"])
-    results |= which_kernels(device)
+    results["ran_on"] = which_kernels(device)
     label = config.label or ("selective_scan" if config.what == "scan" else config.model or "")
     record = watch.record("bench", label, given, results)
     write_record(config.out, record)

@@ -113,7 +113,7 @@ def run(config: Config) -> Record:
         "fewshot_split": {task.config.task: _fewshot_split(task) for task in tasks if task.config.num_fewshot},
     }
     if hasattr(model, "state_reuse_record"):  # ours
-        results |= which_kernels(processes.device, resolve_dtype(config.dtype))
+        results["ran_on"] = which_kernels(processes.device, resolve_dtype(config.dtype))
     if config.weights:
         results["quantisation"] = quantisation_record(model.model)
     items = items_path(config.out)

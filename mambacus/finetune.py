@@ -148,7 +148,7 @@ def run(config: Config) -> Record:
         "autocast": str(autocast).removeprefix("torch."),
         "processes": processes.world_size(),
         "sharded": processes.is_sharded(),
-        **which_kernels(device),
+        "ran_on": which_kernels(device),
         "check": checking.after(trained, shared is not None),
     }
     # as it was asked for, so that a study finds it again; what the method filled in stands among the results

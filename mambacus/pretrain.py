@@ -120,7 +120,7 @@ def run(config: Config) -> Record:
         "samples": samples(model, tokenizer, _SAMPLE_PROMPTS, EOS_ID),
         "torch_autocast": "bfloat16" if device.type == "cuda" else "none",
         "torch_version": torch.__version__,
-        **which_kernels(device),
+        "ran_on": which_kernels(device),
     }
     record = watch.record("pretrain", config.out.name, config, results)
     write_record(config.out / "model" / "training_record.json", record)

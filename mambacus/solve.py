@@ -111,7 +111,7 @@ def run(config: Config) -> Record:
     if config.state is not None:  # against reading its text for every problem; --prompt too reads that once a run
         results["prompt_tokens_saved"] = int(engine.model.tokens) * sum(map(len, sets.values()))
     if hasattr(engine, "stats"):  # ours
-        results |= which_kernels(resolve_device(config.device))
+        results["ran_on"] = which_kernels(resolve_device(config.device))
     if config.weights:
         results["quantisation"] = quantisation_record(engine.model)
     record = stopwatch.record("solve", _label(config), config, results, items_file=path.name)
