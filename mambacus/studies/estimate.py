@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Shares of a large matrix product's speed that a model reaches.
 READING = {"cpu": 0.7, "cuda": 0.5}
-TRAINING = {"cpu": 0.5, "cuda": 0.35}
+TRAINING = {"cpu": 0.5, "cuda": 0.35}  # the products' share of a step in one dtype
 DECODING = {"cpu": 0.4, "cuda": 0.2}
 STREAMING = 0.5  # share of the copy's bytes a second at which weights are read for each generated token
 # Small operations that one layer starts in one pass: ours on a GPU replays them as a graph when it generates.
@@ -167,7 +167,9 @@ def _seconds(
     graph = side == "ours" and speed.device == "cuda" and getattr(step.config, "adapter", None) is None
     one_token = GRAPH_OPERATIONS * call * shape.n_layer if graph else layer
     reading = work.read * forward / (gemm * READING[speed.device]) + work.passes * layer
-    training = work.trained * forward * backward / (gemm * TRAINING[speed.device]) + work.train_steps * 4 * layer
+    rest = speed.gemm("float32", shape.width) if speed.device == "cpu" else gemm  # scan and sums know no bfloat16 there
+    for_operation = 1 / gemm + (1 / TRAINING[speed.device] - 1) / rest
+    training = work.trained * forward * backward * for_operation + work.train_steps * 4 * layer
     decoding = (
         work.generated * (forward / (gemm * DECODING[speed.device]) + HOST)
         + work.decode_steps * (one_token + weights / (speed.figures["copy"] * STREAMING))
