@@ -127,16 +127,25 @@ def measure(case: Case, timeout_seconds: float) -> dict[str, Any]:
     if reason := case.unavailable():
         return row | {"error": reason}
     command = [sys.executable, "-m", "mambacus.measuring.worker", json.dumps(row)]
-    environment = os.environ | ({"OMP_NUM_THREADS": str(case.threads)} if case.threads else {})
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_seconds, env=environment, check=False
+            command, capture_output=True, text=True, timeout=timeout_seconds, env=environment(case.threads), check=False
         )
     except subprocess.TimeoutExpired:
-        return row | {"error": f"not finished after {timeout_seconds:.0f} s"}
+        return row | {"error": out_of_time(timeout_seconds)}
     if done.returncode == 0:
         return row | json.loads(done.stdout.strip().splitlines()[-1])
     return row | {"error": failure(case, done.returncode, done.stderr)}
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Return the environment of a process that is to use so many CPU threads (0: torch's default)."""
+    return os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+
+
+def out_of_time(seconds: float) -> str:
+    """Return the error of a row whose process was given up."""
+    return f"not finished after {seconds:.0f} s"
 
 
 def failure(case: Case, code: int, stderr: str) -> str:

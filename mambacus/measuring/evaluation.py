@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mambacus.measuring.cases import environment, out_of_time
 from mambacus.measuring.shapes import MATCHED, SHAPES
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import read_jsonl, read_record
@@ -162,13 +162,12 @@ def _run(case: EvalCase, data_dir: Path, out: Path, timeout_seconds: float) -> t
         "--dtype", case.dtype, "--device", case.device, "--data-dir", str(data_dir), "--bootstrap-iters", "0",
         "--out", str(out), *_flags(case, data_dir, out.parent),
     ]  # fmt: skip
-    environment = os.environ | ({"OMP_NUM_THREADS": str(case.threads)} if case.threads else {})
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_seconds, env=environment, check=False
+            command, capture_output=True, text=True, timeout=timeout_seconds, env=environment(case.threads), check=False
         )
     except subprocess.TimeoutExpired:
-        return row | {"error": f"not finished after {timeout_seconds:.0f} s"}, {}
+        return row | {"error": out_of_time(timeout_seconds)}, {}
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
         if done.returncode == -9 or "out of memory" in done.stderr.lower():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import threading
 from typing import IO, Any
 
 from mambacus.measuring import cases
-from mambacus.measuring.cases import Case, failure
+from mambacus.measuring.cases import Case, environment, failure, out_of_time
 
 ROW = "row: "  # begins the line with which the process answers
 
@@ -72,7 +71,7 @@ class KeptProcess:
             answer = None
         except queue.Empty:
             self.close()
-            return row | {"error": f"not finished after {timeout_seconds:.0f} s"}
+            return row | {"error": out_of_time(timeout_seconds)}
         if answer is None:
             return row | {"error": failure(case, process.wait(), self.close())}
         found = json.loads(answer)
@@ -85,11 +84,10 @@ class KeptProcess:
         if self._process is not None and self._threads == threads and self._process.poll() is None:
             return self._process
         self.close()
-        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 -- `close` does
         self._process = subprocess.Popen(
             [sys.executable, "-m", "mambacus.measuring.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment(threads),
         )  # fmt: skip
         self._lines, self._threads = queue.Queue(), threads
         threading.Thread(target=_pass_on, args=(self._process.stdout, self._lines), daemon=True).start()

@@ -275,12 +275,6 @@ def test_scan_without_options() -> None:
     hold(inputs | {"delta": inputs["delta"].abs()}, plan, plan, softplus=False, with_final=False)
 
 
-@pytest.mark.parametrize("d_state", [17, 33])
-def test_more_states_than_the_warps_of_a_sum(d_state: int) -> None:
-    plan = scan.Plan(4, 16, 1, WHOLE)
-    hold(scan_inputs((1, 9, 8, d_state), absent=("z", "initial_state")), plan, plan, with_final=False)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_conv_with_documents(dtype: torch.dtype) -> None:
     seq_idx = document_ids(5, 45)
