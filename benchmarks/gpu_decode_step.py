@@ -2,7 +2,8 @@
 
 Run from the repository: ``PYTHONPATH=. python benchmarks/gpu_decode_step.py --out benchmarks``, with cases to choose:
 ``check:130m:8`` holds a step of 8 rows of a random model to float64, beside the step of the model's modules;
-``step:1.4b:8`` times a step as the decoder replays it, fused and not, and its kernels; ``kernels:1.4b:8`` times each
+``step:1.4b:8`` times a step as the decoder replays it, fused and not, and its kernels; from 49 rows on also with each
+of `gpu.FUSIONS`, which ``--many`` sets for the other cases; ``kernels:1.4b:8`` times each
 kernel alone over all layers, with several tilings and torch's product beside it; ``engine:1.4b:8:2048:128`` times
 `Engine.generate` of 8 prompts of 2048 tokens and 128 new ones; ``prefill:1.4b:8:16`` times reading 8 prompts of 16
 tokens, as it is and from a graph, and says where the host's time goes. Writes one JSON record named by date and GPU.
@@ -41,7 +42,7 @@ from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Stopwatch, write_record
 
 DEVICE = torch.device("cuda")
-FEW_ROWS, AHEAD, AHEAD_ROWS = gpu.FEW_ROWS, gpu.AHEAD, gpu.AHEAD_ROWS
+FEW_ROWS, AHEAD, AHEAD_ROWS, MANY_FUSES = gpu.FEW_ROWS, gpu.AHEAD, gpu.AHEAD_ROWS, gpu.MANY_FUSES
 SHORT = [f"engine:1.4b:{rows}:16:256" for rows in (1, 64, 512)] + ["engine:130m:1:16:256"]
 LONG = [f"engine:1.4b:{rows}:2048:128" for rows in (1, 8, 32, 128)]
 STEPS = ["step:130m:1"] + [f"step:1.4b:{rows}" for rows in (1, 8, 16, 32, 64, 128, 512)]
@@ -144,12 +145,18 @@ def step(name: str, rows: int, copy_gb_s: float) -> dict[str, Any]:
         "few, prefetch of out_proj": (rows, nothing | {"in": AHEAD["in"]}, rows), "few, prefetch": (rows, AHEAD, rows),
         "many": (0, AHEAD, AHEAD_ROWS), "modules": (0, AHEAD, AHEAD_ROWS),
     }  # fmt: skip
+    choices = ("projections", "norm", "projections norm", "halves", "projections norm halves",
+               "projections norm overlaps", "projections norm overlaps halves")  # fmt: skip
+    fused = {"many": frozenset[str]()} | {f"many, {names}": frozenset(names.split()) for names in choices}
+    if rows > 48:
+        ways |= dict.fromkeys(fused, ways["many"])
     if rows > 64:
         ways = {label: way for label, way in ways.items() if "few" not in label}
     if rows < 16:
         del ways["many"]
     for label, (gpu.FEW_ROWS, gpu.AHEAD, gpu.AHEAD_ROWS) in ways.items():
         gpu.product_launch.cache_clear()
+        gpu.MANY_FUSES = fused.get(label, MANY_FUSES)
         with kernels_of("triton" if label == "modules" else "cuda"):
             decoder = Decoder(model, model, rows)
             state = states(model, min(rows, 8))
@@ -295,6 +302,19 @@ def kernels(name: str, rows: int) -> list[dict[str, Any]]:
                 **gpu._scan(layer, ssm[index]), mixed=mixed, xz=xz, y=y,
             )  # fmt: skip
 
+    own_norm = gpu._norm_launch(shape, weights.eps, True, False)
+    stream_of = {"residual": empty(rows, shape.d_model, dtype=torch.float32), "normed": normed.clone()}
+
+    def deltas() -> None:
+        for layer in layers:
+            gpu._delta_launch(shape, False)(part=part, dt_weight=layer.dt_proj, projected=projected, delta=delta)
+
+    def norms() -> None:
+        for layer in layers:
+            own_norm(x=normed, norm=layer.norm, **stream_of)
+
+    add("delta", {}, len(layers) * part.nbytes, deltas, len(layers))
+    add("add_norm", {}, len(layers) * 12 * rows * shape.d_model, norms, len(layers))
     for projects in (True, False):
         what = {"projects": projects}
         add("convolve", what, 2 * conv.nbytes, functools.partial(convolve, projects), len(layers))
@@ -392,6 +412,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", default=CASES)
     parser.add_argument("--out", type=Path, required=True, help="folder of the record")
+    parser.add_argument(
+        "--many", default="", help="fusions of many rows, for cases other than step: " + ", ".join(gpu.FUSIONS)
+    )
     options = parser.parse_args()
     watch = Stopwatch()
     ceiling = ceilings(DEVICE)
@@ -403,6 +426,7 @@ def main() -> None:
         kind, name, *numbers = case.split(":")
         sizes = [int(number) for number in numbers]
         gpu.FEW_ROWS, gpu.AHEAD, gpu.AHEAD_ROWS = FEW_ROWS, AHEAD, AHEAD_ROWS
+        gpu.MANY_FUSES = frozenset(filter(None, options.many.split(","))) if options.many else MANY_FUSES
         gpu.product_launch.cache_clear()
         print(case, f"{watch.seconds:.0f} s", flush=True)
         try:

@@ -17,9 +17,10 @@
 // it in this graph writes what it reads, and then waits for this one (await_previous). What an earlier kernel of the step wrote is
 // read past L1 (fresh_...), which may hold older lines.
 //
-// Many rows: torch multiplies; convolve and update run alone (PROJECTS 0, SLICES 0).
+// Many rows: torch multiplies; convolve and update run alone (PROJECTS 0, SLICES 0). Or torch has in_proj and out_proj only:
+// convolve gives x_proj's parts, delta adds them up and has dt_proj; and add_norm adds to the residual stream.
 //
-// Macros: one of EMBED, PRODUCT, CONVOLVE, UPDATE; the sizes named there; THREADS, MIN_BLOCKS for each multiprocessor.
+// Macros: one of EMBED, PRODUCT, CONVOLVE, DELTA, ADD_NORM, UPDATE; the sizes named there; THREADS, MIN_BLOCKS for each multiprocessor.
 
 struct Args {
   const long long* tokens;                      // (batch,)
@@ -31,7 +32,8 @@ struct Args {
   const void *taps, *taps_bias;                 // (D_INNER, 4), (D_INNER,)
   void *xz, *conv_state, *mixed;                // (batch, 2 D_INNER), (batch, D_INNER, 4), (batch, D_INNER): convolved x
   float* part;                                  // (SLICES, batch, OUTPUTS): x_proj of a slice of the channels
-  const void *projected, *delta, *dt_weight;    // (batch, OUTPUTS), (batch, D_INNER), (D_INNER, DT_RANK)
+  void *projected, *delta;                      // (batch, OUTPUTS), (batch, D_INNER)
+  const void* dt_weight;                        // (D_INNER, DT_RANK)
   const float *delta_bias, *A_log, *D;          // (D_INNER,), (D_INNER, D_STATE), (D_INNER,)
   float* ssm_state;                             // (batch, D_INNER, D_STATE)
   int batch;
@@ -334,6 +336,121 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) convolve(const
     if (row < rows && output < OUTPUTS) p.part[((long long)blockIdx.x * p.batch + first + row) * OUTPUTS + output] = sums[k];
   }
 #endif
+}
+#endif
+
+#ifdef DELTA
+// D_INNER, DT_RANK, OUTPUTS, SLICES as of update; BLOCK_ROWS (8) rows of the batch, 16 channels a warp: the sums of x_proj's parts,
+// ``projected``, and dt_proj of them, ``delta``. Four threads share four outputs, each every fourth part of their sums.
+#define RANKS ((DT_RANK + 31) / 32)
+#define PADDED (32 * RANKS + 32)  // no bank conflicts
+#define GIVEN (BLOCK_ROWS * OUTPUTS / 4)
+#define ROUNDS ((4 * GIVEN + THREADS - 1) / THREADS)
+#define TAKEN ((SLICES + 3) / 4)
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) delta(const Args p) {
+  __shared__ __align__(16) unsigned inputs[BLOCK_ROWS * PADDED / 2];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, place = lane % 4;
+  const int channel = blockIdx.x * (THREADS / 2) + 16 * warp + group, first = blockIdx.y * BLOCK_ROWS;
+  start_next();
+  Words a[RANKS][2];
+#pragma unroll
+  for (int j = 0; j < RANKS; j++)
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      a[j][k] = {};
+      if (32 * j + 8 * place < DT_RANK) a[j][k] = weight_words(at<1>(p.dt_weight, (long long)min(channel + 8 * k, D_INNER - 1) * DT_RANK + 32 * j + 8 * place));
+    }
+  for (int e = threadIdx.x; e < BLOCK_ROWS * PADDED / 2; e += THREADS) inputs[e] = 0;
+  __syncthreads();
+  await_previous();
+  Words part[ROUNDS][TAKEN];
+#pragma unroll
+  for (int round = 0; round < ROUNDS; round++) {
+    const int e = min((int)threadIdx.x / 4 + round * (THREADS / 4), GIVEN - 1), row = min(first + e / (OUTPUTS / 4), p.batch - 1);
+#pragma unroll
+    for (int k = 0; k < TAKEN; k++)
+      part[round][k] = fresh_words((const char*)(p.part + ((long long)min((int)threadIdx.x % 4 + 4 * k, SLICES - 1) * p.batch + row) * OUTPUTS + 4 * (e % (OUTPUTS / 4))));
+  }
+#pragma unroll
+  for (int round = 0; round < ROUNDS; round++) {
+    const int e = threadIdx.x / 4 + round * (THREADS / 4), row = e / (OUTPUTS / 4), output = 4 * (e % (OUTPUTS / 4));
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+#pragma unroll
+      for (int k = 0; k < TAKEN; k++)
+        if ((int)threadIdx.x % 4 + 4 * k < SLICES) sum[c] += __uint_as_float(part[round][k].word[c]);
+      sum[c] = sum_over_lanes<4>(sum[c]);
+    }
+    if (threadIdx.x % 4 != 0 || e >= GIVEN) continue;
+    if (output < DT_RANK) put<1>((char*)inputs + 2 * (row * PADDED + output), sum);
+    if (blockIdx.x == 0 && first + row < p.batch) put<1>(at<1>(p.projected, (long long)(first + row) * OUTPUTS + output), sum);
+  }
+  __syncthreads();
+  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+  for (int j = 0; j < RANKS; j++) multiply(sums, a[j][0], a[j][1], *(const Words*)(inputs + (group * PADDED + 32 * j + 8 * place) / 2));
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    const int row = first + 2 * place + k % 2, own = channel + k / 2 * 8;
+    const float value[1] = {sums[k]};
+    if (row < p.batch && own < D_INNER) put<1>(at<1>(p.delta, (long long)row * D_INNER + own), value);
+  }
+}
+#endif
+
+#ifdef ADD_NORM
+// OUTPUTS (a multiple of 4); a block for each row, four neighbours a thread and round: x is added to the residual stream
+// (ADDS), and ``normed`` is its norm times ``norm``. All of a row is loaded before anything waits for it.
+#define TURNS ((OUTPUTS / 4 + THREADS - 1) / THREADS)
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) add_norm(const Args p) {
+  __shared__ float sums[THREADS / 32];
+  const long long start = (long long)blockIdx.x * OUTPUTS;
+  start_next();
+  Pack<1, 4> scale[TURNS];
+#pragma unroll
+  for (int t = 0; t < TURNS; t++) scale[t] = load<1, 4>(at<1>(p.norm, 4 * min((int)threadIdx.x + t * THREADS, OUTPUTS / 4 - 1)));
+  await_previous();
+  float value[TURNS][4], squares = 0.0f;
+#pragma unroll
+  for (int t = 0; t < TURNS; t++) {
+    const int place = 4 * min((int)threadIdx.x + t * THREADS, OUTPUTS / 4 - 1);
+    const Words before = fresh_words((const char*)(p.residual + start + place));
+#pragma unroll
+    for (int k = 0; k < 4; k++) value[t][k] = __uint_as_float(before.word[k]);
+    if (ADDS) {
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const unsigned added = fresh_word(at<1>(p.x, start + place + 2 * k));
+        value[t][2 * k] += low(added), value[t][2 * k + 1] += high(added);
+      }
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < TURNS; t++) {
+    if (threadIdx.x + t * THREADS >= OUTPUTS / 4) continue;
+#pragma unroll
+    for (int k = 0; k < 4; k++) squares = fmaf(value[t][k], value[t][k], squares);
+  }
+  squares = sum_over_lanes<32>(squares);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
+  __syncthreads();
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < THREADS / 32; w++) sum += sums[w];
+  const float factor = 1.0f / sqrtf(sum / OUTPUTS + p.eps);
+#pragma unroll
+  for (int t = 0; t < TURNS; t++) {
+    const int place = 4 * (threadIdx.x + t * THREADS);
+    if (place >= OUTPUTS) continue;
+    float scaled[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) scaled[k] = value[t][k] * factor * scale[t][k];
+    if (ADDS) put<0>(p.residual + start + place, value[t]);
+    put<1>(at<1>(p.normed, start + place), scaled);
+  }
 }
 #endif
 
