@@ -18,7 +18,7 @@ from mambacus.models.mamba import MambaMixer
 from mambacus.models.primed import PrimedModel
 from mambacus.ops.decode_step import StepWeights, decode_step
 from mambacus.ops.tape import Tape
-from mambacus.runtime.graphs import CudaRecorder
+from mambacus.runtime.graphs import CudaRecorder, Recorder
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +29,10 @@ TAPED_ROWS = 16  # steps on a CPU of up to so many rows are kept as tapes, whate
 TAPED_NUMBERS = 64 * 512
 ROUNDED_ROWS = 8
 GREEDY = SamplingParams()
+MOST_CHOICES = 32  # recorded ways to draw tokens; the least recently used leaves
+# Most numbers (rows x vocabulary) of a recorded draw: beyond, the GPU takes far longer than the host, and the memory of
+# graphs, which nothing else may use, would grow by several times that.
+MOST_DRAWN_NUMBERS = 2**23
 _FIRST_ROWS = 4  # rows that memory is made for at first; doubled when they are taken
 
 
@@ -38,6 +42,14 @@ class Taped(NamedTuple):
     tape: Tape
     inputs: Tensor
     logits: Tensor
+
+
+class Choice(NamedTuple):
+    """A recorded choice from a step's logits, the numbers (rows,) it draws by and the tokens (rows,) it writes."""
+
+    replay: Callable[[], None]
+    draws: Tensor
+    tokens: Tensor
 
 
 class Decoder:
@@ -56,12 +68,15 @@ class Decoder:
         base: the `MambaLM` in it.
         capacity: most rows.
         graphs: record CUDA graphs where the model allows it.
+        recorder: makes the recordings; None for CUDA graphs on a GPU.
 
     Attributes:
         unfused: why the step looked at last on a GPU is that of the model's modules; None if it is the fused one.
     """
 
-    def __init__(self, model: nn.Module, base: MambaLM, capacity: int, *, graphs: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, base: MambaLM, capacity: int, *, graphs: bool = True, recorder: Recorder | None = None
+    ) -> None:
         # From a state, a primed model is the model in it.
         self._model = model.model if isinstance(model, PrimedModel) else model
         self._base, self.capacity = base, capacity
@@ -69,11 +84,13 @@ class Decoder:
         self._graphs_wanted = graphs and self._model is base
         # bucket, whether it chooses the next token -> its replay, the logits or tokens it writes
         self._graphs: dict[tuple[int, bool], tuple[Callable[[], None], Tensor]] = {}
+        self._choices: dict[tuple[int, tuple[object, ...]], Choice] = {}  # bucket, rule; last the one used last
         self._fused: dict[tuple[int, bool], StepWeights | str] = {}  # rows, autocast -> for steps without a graph
         self._tapes: dict[int, Taped | None] = {}  # rows -> None after the first step
         self._watch: Watch | None = None  # the model that the tapes are of
         # Its graphs share memory: one step's numbers are read before the next one's are written.
-        self._recorder: CudaRecorder | None = None
+        self._given_recorder = recorder
+        self._recorder = recorder
         self._input: Tensor | None = None
         self.unfused: str | None = None
         self._weights = (0, torch.device("cpu"), torch.float32)
@@ -112,48 +129,116 @@ class Decoder:
         """Return a copy of the state of the row in ``slot``."""
         return self._room(1).select([slot])
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, *, unchanged: bool = False) -> Tensor:
         """Read one token in each of the first ``len(tokens)`` slots.
+
+        Args:
+            tokens: int64 (rows,).
+            unchanged: nobody else's code ran since the step before: the model need not be looked at again.
 
         Returns:
             The logits after it, float32 (rows, vocabulary); with graphs, valid until the next step.
         """
         rows = len(tokens)
         pool = self._room(rows)
-        if tokens.is_cuda and self._is_plain():
-            if self._graphs_wanted:
-                return self._replay(tokens)
+        if self._has_graphs(tokens) and self._is_plain(unchanged=unchanged):
+            return self._replay(tokens)
+        if tokens.is_cuda and self._is_plain(unchanged=unchanged):
             return self._step_now(tokens, _first(pool, rows))
         size = rows if rows <= TAPED_ROWS else min(-(-rows // ROUNDED_ROWS) * ROUNDED_ROWS, self.capacity)
         few = size <= max(TAPED_ROWS, TAPED_NUMBERS // self._base.config.d_inner)
-        if few and tokens.device.type == "cpu" and self._is_plain():
+        if few and tokens.device.type == "cpu" and self._is_plain(unchanged=unchanged):
             return self._play(tokens, size)
         return self._run(tokens[:, None], _first(pool, rows))
 
-    def follow(self, tokens: Tensor, count: int) -> Tensor:
-        """Read one token in each of the first ``len(tokens)`` slots, then ``count`` - 1 times the likeliest one.
+    def follow(
+        self, tokens: Tensor, count: int, params: SamplingParams = GREEDY, draws: Tensor | None = None
+    ) -> Tensor:
+        """Read one token in each of the first ``len(tokens)`` slots, then ``count`` - 1 times the one chosen after it.
 
-        On a GPU the choice is part of the recorded step, so that a token costs the host little more than its launch.
+        On a GPU the choice is recorded as the step is, so that a token costs the host little more than launching them.
+        The model is looked at once.
+
+        Args:
+            tokens: int64 (rows,).
+            count: steps.
+            params: how all rows' tokens are chosen, without a repetition penalty.
+            draws: float64 (count, rows), as `choose_tokens` takes them; not read when greedy.
 
         Returns:
-            The likeliest token after each step, int64 (count, rows), the last of them not read; -1 after NaN.
+            The tokens chosen after each step, int64 (count, rows), the last of them not read; -1 after NaN.
         """
         rows = len(tokens)
         chosen = torch.empty(count, rows, dtype=torch.int64, device=tokens.device)
         self._room(rows)
-        if tokens.is_cuda and self._graphs_wanted and self._is_plain():
-            replay, likeliest = self._recorded(rows, follows=True)
-            assert self._input is not None
-            self._input[:rows] = tokens
-            likeliest = likeliest[:rows]
-            for row in chosen:
-                replay()
-                row.copy_(likeliest)
-            return chosen
-        for row in chosen:
-            row.copy_(choose_tokens(self.step(tokens), GREEDY, None))
+        if self._has_graphs(tokens) and self._is_plain():
+            if params.rule == GREEDY.rule:
+                return self._follow_likeliest(tokens, chosen)
+            size = self._bucket(rows)
+            numbers = size * self._base.config.padded_vocab_size
+            if draws is not None and not params.logit_bias and numbers <= MOST_DRAWN_NUMBERS:
+                return self._follow_drawn(tokens, chosen, self._choice(size, params), draws)
+        for number, row in enumerate(chosen):
+            logits = self.step(tokens, unchanged=number > 0)
+            row.copy_(choose_tokens(logits, params, None if draws is None else draws[number]))
             tokens = row.clamp(min=0)
         return chosen
+
+    def _follow_likeliest(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+        replay, likeliest = self._recorded(len(tokens), follows=True)
+        assert self._input is not None
+        self._input[: len(tokens)] = tokens
+        likeliest = likeliest[: len(tokens)]
+        for row in chosen:
+            replay()
+            row.copy_(likeliest)
+        return chosen
+
+    def _follow_drawn(self, tokens: Tensor, chosen: Tensor, choice: Choice, draws: Tensor) -> Tensor:
+        replay, _ = self._recorded(len(tokens), follows=False)
+        assert self._input is not None
+        self._input[: len(tokens)] = tokens
+        numbers, found = choice.draws[: len(tokens)], choice.tokens[: len(tokens)]
+        for row, drawn in zip(chosen, draws, strict=True):
+            numbers.copy_(drawn)
+            replay()
+            choice.replay()
+            row.copy_(found)
+        return chosen
+
+    def _choice(self, size: int, params: SamplingParams) -> Choice:
+        """Return the recorded choice from the logits of a step of ``size`` rows, which makes the tokens the next input.
+
+        It is a recording of its own and not a part of the step's: there are as many rules as callers like, and this
+        one is some forty small kernels, recorded in the time of a few tokens.
+        """
+        key = (size, params.rule)
+        choice = self._choices.pop(key, None)
+        if choice is None:
+            if len(self._choices) >= MOST_CHOICES:
+                del self._choices[next(iter(self._choices))]
+            choice = self._record_choice(size, params)
+        self._choices[key] = choice
+        return choice
+
+    def _record_choice(self, size: int, params: SamplingParams) -> Choice:
+        _, logits = self._recorded(size, follows=False)
+        assert self._input is not None and self._recorder is not None
+        inputs = self._input[:size]
+        draws = torch.zeros(size, dtype=torch.float64, device=inputs.device)
+
+        def choose() -> Tensor:
+            tokens = choose_tokens(logits, params, draws)
+            torch.clamp(tokens, min=0, out=inputs)
+            return tokens
+
+        self._recorder.warm_up(choose)
+        replay, tokens = self._recorder.record(choose)
+        return Choice(replay, draws, tokens)
+
+    def _has_graphs(self, tokens: Tensor) -> bool:
+        """Tell whether steps of these tokens are recorded where the model allows it."""
+        return self._graphs_wanted and (tokens.is_cuda or self._given_recorder is not None)
 
     def _step_now(self, tokens: Tensor, state: MambaState) -> Tensor:
         """Make the step on a GPU without a graph: its kernels are those that a graph would hold."""
@@ -191,13 +276,19 @@ class Decoder:
         taped.tape.replay()
         return taped.logits[:rows].clone()
 
-    def _is_plain(self) -> bool:
+    def _is_plain(self, *, unchanged: bool = False) -> bool:
         """Tell whether the step is nothing but the model's own; if the model changed, forget what was recorded."""
         if self._model is not self._base:
             return False
-        if self._watch is None or not self._watch.unchanged():
-            self._watch, self._tapes, self._graphs, self._fused = Watch(self._base), {}, {}, {}
+        if self._watch is None or not (unchanged or self._watch.unchanged()):
+            self._watch = Watch(self._base)
+            self._forget()
         return self._watch.plain
+
+    def _forget(self) -> None:
+        """Forget all that was recorded."""
+        for recorded in (self._graphs, self._choices, self._fused, self._tapes):
+            recorded.clear()
 
     def _run(self, tokens: Tensor, state: MambaState) -> Tensor:
         out = self._model(input_ids=tokens, state=state, reuse_state=True)
@@ -212,7 +303,8 @@ class Decoder:
         if self._pool is not None and self._pool.batch >= rows and weights == self._weights:
             return self._pool
         # On a GPU everything is made at once: graphs remember addresses.
-        size = self.capacity if weight.is_cuda else min(self.capacity, max(_FIRST_ROWS, 2 * rows))
+        fixed = weight.is_cuda or self._given_recorder is not None
+        size = self.capacity if fixed else min(self.capacity, max(_FIRST_ROWS, 2 * rows))
         pool = MambaState.zeros(self._base.config, size, weight.device, weight.dtype)
         if self._pool is not None and weights == self._weights:
             kept = self._pool.batch
@@ -220,10 +312,8 @@ class Decoder:
             pool.ssm_state[:, :kept] = self._pool.ssm_state
             pool.tokens[:kept] = self._pool.tokens
         self._pool, self._weights = pool, weights
-        self._graphs.clear()
-        self._fused.clear()
-        self._tapes.clear()
-        self._input = torch.zeros(size, dtype=torch.int64, device=weight.device) if weight.is_cuda else None
+        self._forget()
+        self._input = torch.zeros(size, dtype=torch.int64, device=weight.device) if fixed else None
         return pool
 
     def _replay(self, tokens: Tensor) -> Tensor:
@@ -235,11 +325,15 @@ class Decoder:
 
     def _recorded(self, rows: int, *, follows: bool) -> tuple[Callable[[], None], Tensor]:
         """Return the replay of a step of at least ``rows`` rows, and what it writes."""
-        sizes = [size for size in BUCKETS if size < self.capacity] + [self.capacity]
-        key = (sizes[bisect.bisect_left(sizes, rows)], follows)
+        key = (self._bucket(rows), follows)
         if key not in self._graphs:
             self._graphs[key] = self._record(*key)
         return self._graphs[key]
+
+    def _bucket(self, rows: int) -> int:
+        """Return how many rows the recorded step of at least ``rows`` has."""
+        sizes = [size for size in BUCKETS if size < self.capacity] + [self.capacity]
+        return sizes[bisect.bisect_left(sizes, rows)]
 
     def _record(self, size: int, follows: bool) -> tuple[Callable[[], None], Tensor]:
         """Record the step of ``size`` rows; the states are as before afterwards.

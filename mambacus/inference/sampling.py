@@ -92,7 +92,7 @@ def generator_for(seed: int, prompt_ids: Sequence[int], sample: int) -> random.R
     return random.Random(f"{seed}/{prompt}/{sample}")
 
 
-def send(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+def send(values: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return ``values`` as a tensor on ``device``, without waiting for what the device is doing."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 

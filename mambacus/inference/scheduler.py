@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mambacus.inference.completion import Completion, Piece, TokenScore
-from mambacus.inference.decoder import GREEDY, Decoder
+from mambacus.inference.decoder import Decoder
 from mambacus.inference.prefix_cache import PrefixCache
 from mambacus.inference.prompt_passes import PromptPasses
 from mambacus.inference.reading import Reader, Ready, Request, score_tokens
@@ -86,6 +86,20 @@ class _Block(NamedTuple):
             self.arrived.synchronize()
         numbers: list[list[int]] = self.tokens.tolist()
         return numbers
+
+
+class _Group(NamedTuple):
+    """Rows whose tokens are chosen together.
+
+    Attributes:
+        params: how.
+        slots: int64 (their number,); None for all rows.
+        seen: bool (rows, vocabulary), of which each row's `_Row.seen` is a part; None without a repetition penalty.
+    """
+
+    params: SamplingParams
+    slots: Tensor | None
+    seen: Tensor | None
 
 
 class Scheduler:
@@ -232,7 +246,8 @@ class Scheduler:
         """Choose the next token of every row, look at it, and compute the logits of the rows that go on."""
         rows, logits = list(self._rows), self._logits
         assert logits is not None
-        tokens = self._choose(logits, _groups(rows), self._draw(1)[0])
+        draws = self._draw(1)
+        tokens = self._choose(logits, _groups(rows, logits.device), None if draws is None else draws[0])
         scores = self._score(logits, tokens)
         for slot, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
             row.chosen += 1
@@ -246,35 +261,36 @@ class Scheduler:
 
     def _choose_block(self) -> _Block:
         """Choose the next few tokens of every row, and compute the logits of the rows that may go on."""
-        rows, logits, groups = list(self._rows), self._logits, _groups(self._rows)
+        rows, logits = list(self._rows), self._logits
         assert logits is not None
+        groups = _groups(rows, logits.device)
         count = min(GPU_BLOCK, max(row.request.params.max_new_tokens - row.chosen for row in rows))
+        draws = self._draw(count)
+        tokens = self._choose(logits, groups, None if draws is None else draws[0])
         if self._may_follow(groups, count):
-            first = self._choose(logits, groups, [])
-            following = self.decoder.follow(first.clamp(min=0), count - 1)
-            tokens = torch.cat([first[None], following])
+            rest = None if draws is None else draws[1:]
+            following = self.decoder.follow(tokens.clamp(min=0), count - 1, groups[0].params, rest)
+            block = torch.cat([tokens[None], following])
             for slot, row in enumerate(rows):
                 self._count_chosen(slot, row, min(count, row.request.params.max_new_tokens - row.chosen))
         else:
-            steps: list[Tensor] = []
-            for draws in self._draw(count):
-                if steps:
-                    logits = self.decoder.step(steps[-1].clamp(min=0))
-                steps.append(self._choose(logits, groups, draws))
-                for slot, row in enumerate(rows):
-                    if not row.full:
-                        self._count_chosen(slot, row, 1)
-            tokens = torch.stack(steps)
-        block = _Block.of(tokens, rows)
-        self._go_on(tokens[-1].clamp(min=0), self._leave(lambda row: row.full))
-        return block
+            steps = [tokens]
+            self._count_one(rows)
+            for number in range(1, count):
+                logits = self.decoder.step(steps[-1].clamp(min=0), unchanged=number > 1)
+                steps.append(self._choose(logits, groups, None if draws is None else draws[number]))
+                self._count_one(rows)
+            block = torch.stack(steps)
+        sent = _Block.of(block, rows)
+        self._go_on(block[-1].clamp(min=0), self._leave(lambda row: row.full), unchanged=count > 1)
+        return sent
 
-    def _may_follow(self, groups: list[tuple[SamplingParams, list[int]]], count: int) -> bool:
-        """Tell whether `Decoder.follow` does: every row takes the likeliest token, no state is wanted on the way."""
+    def _may_follow(self, groups: list[_Group], count: int) -> bool:
+        """Tell whether `Decoder.follow` does: one rule for all rows, no state wanted on the way."""
         return (
             count > 1
             and len(groups) == 1
-            and groups[0][0].rule == GREEDY.rule
+            and groups[0].seen is None
             and not any(
                 self._wants_state(row) and row.request.params.max_new_tokens - row.chosen < count for row in self._rows
             )
@@ -286,12 +302,20 @@ class Scheduler:
         if row.full and self._wants_state(row):
             row.end_state = self.decoder.state(slot)
 
-    def _draw(self, count: int) -> list[list[float]]:
-        """Return ``count`` random numbers of every row, 0 for the greedy ones, by number and row."""
-        return [
+    def _count_one(self, rows: Sequence[_Row]) -> None:
+        for slot, row in enumerate(rows):
+            if not row.full:
+                self._count_chosen(slot, row, 1)
+
+    def _draw(self, count: int) -> Tensor | None:
+        """Return random numbers, float64 (``count``, rows), 0 for greedy rows; None if all rows are."""
+        if not any(row.request.params.temperature for row in self._rows):
+            return None
+        numbers = [
             [row.random.random() if row.request.params.temperature else 0.0 for row in self._rows]
             for _ in range(count)
         ]  # fmt: skip
+        return send(numbers, torch.float64, self._base.device)
 
     def _look(self, block: _Block | None) -> list[Piece]:
         """Look at tokens that were queued; rows that end with them leave."""
@@ -308,25 +332,19 @@ class Scheduler:
             self._narrow(self._leave(lambda row: row.done))
         return pieces
 
-    def _choose(self, logits: Tensor, groups: list[tuple[SamplingParams, list[int]]], draws: Sequence[float]) -> Tensor:
+    def _choose(self, logits: Tensor, groups: Sequence[_Group], draws: Tensor | None) -> Tensor:
         """Return the next token of each row; rows with one rule are chosen together."""
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        for params, slots in groups:
-            everyone = len(slots) == len(logits)
-            index = None if everyone else send(slots, torch.int64, logits.device)
-            numbers = None
-            if params.temperature:
-                numbers = send([draws[slot] for slot in slots], torch.float64, logits.device)
-            marks = [row.seen for row in (self._rows[slot] for slot in slots) if row.seen is not None]
-            seen = torch.stack(marks) if marks else None
-            found = choose_tokens(logits if index is None else logits[index], params, numbers, seen)
-            if index is None:
-                tokens = found
-            else:
-                tokens[index] = found
-        for slot, row in enumerate(self._rows):
-            if row.seen is not None:
-                row.seen.scatter_(0, tokens[slot : slot + 1].clamp(min=0), True)
+        for params, slots, seen in groups:
+            numbers = draws if params.temperature else None
+            if slots is not None:
+                numbers = None if numbers is None else numbers[slots]
+            found = choose_tokens(logits if slots is None else logits[slots], params, numbers, seen)
+            if seen is not None:
+                seen.scatter_(1, found.clamp(min=0)[:, None], True)
+            if slots is None:
+                return found
+            tokens[slots] = found
         return tokens
 
     def _score(self, logits: Tensor, tokens: Tensor) -> dict[int, TokenScore]:
@@ -394,11 +412,11 @@ class Scheduler:
                 self._rows[slot], order[slot] = last_row, last
         return order
 
-    def _go_on(self, tokens: Tensor, order: list[int]) -> None:
-        """Feed the rows that stayed their tokens."""
+    def _go_on(self, tokens: Tensor, order: list[int], *, unchanged: bool = False) -> None:
+        """Feed the rows that stayed their tokens; ``unchanged`` is `Decoder.step`'s."""
         if len(order) < len(tokens):
             tokens = tokens[torch.tensor(order, dtype=torch.int64, device=tokens.device)]
-        self._logits = self.decoder.step(tokens) if self._rows else None
+        self._logits = self.decoder.step(tokens, unchanged=unchanged) if self._rows else None
 
     def _narrow(self, order: list[int]) -> None:
         """Forget the logits of the rows that left."""
@@ -425,12 +443,21 @@ def _wants_every_step(row: _Row) -> bool:
     return row.request.keep_state or row.request.params.logprobs is not None
 
 
-def _groups(rows: Sequence[_Row]) -> list[tuple[SamplingParams, list[int]]]:
-    """Return the slots of the rows by the rule that chooses their tokens, with parameters of that rule."""
-    groups: dict[tuple[object, ...], tuple[SamplingParams, list[int]]] = {}
+def _groups(rows: Sequence[_Row], device: torch.device) -> list[_Group]:
+    """Return the rows by the rule that chooses their tokens; what they have seen comes to lie side by side."""
+    rules: dict[tuple[object, ...], list[int]] = {}
     for slot, row in enumerate(rows):
-        groups.setdefault(row.request.params.rule, (row.request.params, []))[1].append(slot)
-    return list(groups.values())
+        rules.setdefault(row.request.params.rule, []).append(slot)
+    groups = []
+    for members in rules.values():
+        marks = [seen for slot in members if (seen := rows[slot].seen) is not None]
+        together = torch.stack(marks) if marks else None
+        if together is not None:
+            for slot, seen in zip(members, together, strict=True):
+                rows[slot].seen = seen
+        slots = send(members, torch.int64, device) if len(rules) > 1 else None
+        groups.append(_Group(rows[members[0]].request.params, slots, together))
+    return groups
 
 
 def _tell(row: _Row) -> Piece | None:

@@ -11,6 +11,7 @@ from stepped_models import CONFIG, errors, hold_errors, wandering_model
 
 from mambacus.inference import Engine, SamplingParams
 from mambacus.inference.decoder import Decoder
+from mambacus.inference.sampling import choose_tokens
 from mambacus.models import MambaConfig, MambaLM
 
 pytestmark = pytest.mark.gpu
@@ -59,6 +60,33 @@ def test_following_takes_the_likeliest_tokens(rows: int, dtype: torch.dtype) -> 
         first = tokens
     assert torch.equal(one.state(rows - 1).ssm_state, other.state(rows - 1).ssm_state)
     assert torch.equal(one.step(first), other.step(first))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 60])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}, {"logit_bias": {65: 4.0}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_following_draws_the_tokens_that_are_drawn_step_by_step(rows: int, rule: dict[str, Any]) -> None:
+    """Drawn in a recording, they are those drawn from the step's logits; a bias is not recorded."""
+    model, params = made(), SamplingParams(temperature=0.8, **rule)
+    one, other = Decoder(model, model, 64), Decoder(model, model, 64)
+    tokens = torch.arange(3, 3 + rows, device="cuda")
+    for decoder in (one, other):
+        decoder.put(model(torch.tensor([[5, 6, 7]], device="cuda")).state, 0, rows)
+    generator = torch.Generator().manual_seed(rows)
+    for _ in range(2):
+        draws = torch.rand(4, rows, dtype=torch.float64, generator=generator).cuda()
+        for row, drawn in zip(one.follow(tokens, 4, params, draws), draws, strict=True):
+            tokens = choose_tokens(other.step(tokens), params, drawn)
+            assert torch.equal(row, tokens)
+    assert torch.equal(one.state(rows - 1).ssm_state, other.state(rows - 1).ssm_state)
+    assert len(one._choices) == (not params.logit_bias)
+    one._room(1).ssm_state[:, 0] = torch.nan
+    assert one.follow(tokens, 2, params, draws[:2])[:, 0].tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(

@@ -168,14 +168,14 @@ def run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scheduler, "_runs_ahead", lambda self: not any(map(_wants_every_step, self._rows)))
 
 
-def test_greedy_rows_follow_and_others_are_chosen_step_by_step(
+def test_rows_of_one_rule_follow_and_others_are_chosen_step_by_step(
     model: MambaLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_ahead(monkeypatch)
     followed = []
     follow = Decoder.follow
     monkeypatch.setattr(
-        Decoder, "follow", lambda self, tokens, count: followed.append(count) or follow(self, tokens, count)
+        Decoder, "follow", lambda self, tokens, count, *how: followed.append(count) or follow(self, tokens, count, *how)
     )
     plain = SamplingParams(max_new_tokens=20, ignore_eos=True)
     for params, cache, counts in (
@@ -183,8 +183,11 @@ def test_greedy_rows_follow_and_others_are_chosen_step_by_step(
         (plain, 1 << 22, [7, 7, 3]),  # its state is wanted at its end, not on the way
         ([plain, dataclasses.replace(plain, max_new_tokens=11)], 0, [7, 7, 3]),
         ([plain, dataclasses.replace(plain, max_new_tokens=11)], 1 << 22, [7, 3]),
-        (dataclasses.replace(plain, temperature=1.0), 0, []),
+        (dataclasses.replace(plain, temperature=1.0), 0, [7, 7, 3]),
+        (dataclasses.replace(plain, temperature=1.0, top_p=0.9, logit_bias={70: 2.0}), 0, [7, 7, 3]),
         (dataclasses.replace(plain, repetition_penalty=1.2), 0, []),
+        ([dataclasses.replace(plain, repetition_penalty=one) for one in (1.2, 1.5)], 0, []),
+        (dataclasses.replace(plain, repetition_penalty=1.5, temperature=1.0), 0, []),
         ([plain, dataclasses.replace(plain, temperature=1.0)], 0, []),
     ):
         followed.clear()

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from fake_recorder import FakeRecorder
 
 from mambacus.inference import Engine, SamplingParams
 from mambacus.inference import prompt_passes as module
 from mambacus.inference.prompt_passes import BUCKETS, LENGTHS, PromptPasses, Read, Shape
 from mambacus.models import MambaLM, MambaState
-
-
-class FakeRecorder:
-    """Repeats a pass by running it again from the memory it was recorded with, as a graph would."""
-
-    def warm_up(self, run: Callable[[], object]) -> None:
-        run()
-
-    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        memory = torch.full_like(run(), torch.nan)  # recording does not carry out
-
-        def replay() -> None:
-            memory.copy_(run())
-
-        return replay, memory
 
 
 def recorded(model: MambaLM) -> PromptPasses:
