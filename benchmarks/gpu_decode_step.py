@@ -6,7 +6,9 @@ Run from the repository: ``PYTHONPATH=. python benchmarks/gpu_decode_step.py --o
 of `gpu.FUSIONS`, which ``--many`` sets for the other cases; ``kernels:1.4b:8`` times each
 kernel alone over all layers, with several tilings and torch's product beside it; ``engine:1.4b:8:2048:128`` times
 `Engine.generate` of 8 prompts of 2048 tokens and 128 new ones; ``prefill:1.4b:8:16`` times reading 8 prompts of 16
-tokens, as it is and from a graph, and says where the host's time goes. Writes one JSON record named by date and GPU.
+tokens, as it is and from a graph, and says where the host's time goes; ``host:130m:1:16:256`` tells what a decoded
+token costs the host, greedy and drawn, and how long it waited for the GPU. Writes one JSON record named by date and
+GPU.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from mambacus.inference import Engine, SamplingParams
 from mambacus.inference.decoder import Decoder
 from mambacus.inference.fused import step_weights
 from mambacus.inference.prompt_passes import PromptPasses
+from mambacus.inference.scheduler import _Block
 from mambacus.measuring.timing import captured, ceilings, time_ms
 from mambacus.models import MambaLM, MambaState, load
 from mambacus.ops.decode_step import LayerWeights, StepWeights, decode_step, gpu
@@ -50,7 +53,12 @@ CHECKS = ["check:130m:1", "check:130m:8", "check:130m:20", "check:130m:64", "che
 KERNELS = [f"kernels:1.4b:{rows}" for rows in (1, 8, 16, 32, 64, 128, 512)] + ["kernels:130m:1"]
 PREFILLS = [f"prefill:1.4b:{rows}:16" for rows in (1, 64, 512)] + ["prefill:130m:1:16"]
 PREFILLS += [f"prefill:1.4b:1:{tokens}" for tokens in (17, 1500, 2048, 4096)]
-CASES = [*CHECKS, *STEPS, *KERNELS, *PREFILLS, *LONG, *SHORT]
+HOSTS = [f"host:130m:{rows}:16:256" for rows in (1, 64)]
+CASES = [*CHECKS, *STEPS, *KERNELS, *PREFILLS, *LONG, *SHORT, *HOSTS]
+RULES: dict[str, list[dict[str, Any]]] = {  # how rows choose their tokens, in turn
+    "greedy": [{}], "temperature": [{"temperature": 0.8}], "top_p": [{"temperature": 0.8, "top_p": 0.95}],
+    "penalty": [{"repetition_penalty": 1.2}], "greedy and temperature": [{}, {"temperature": 0.8}],
+}  # fmt: skip
 TILINGS = {  # tiles of 16 outputs, warps, ring, blocks of a multiprocessor; by tiles of 8 rows
     1: [(1, 8, 8, 2), (1, 8, 4, 4), (1, 4, 8, 4), (2, 8, 4, 2), (1, 16, 8, 1), (2, 4, 8, 2)],
     8: [(1, 8, 2, 1), (1, 16, 2, 1), (2, 8, 2, 1), (4, 8, 1, 1)],
@@ -344,6 +352,47 @@ def engine(name: str, rows: int, prompt: int, new: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def host(name: str, rows: int, prompt: int, new: int) -> dict[str, Any]:
+    """Return for each way to choose a token the host's microseconds a token, and those it waited for the GPU."""
+    model = model_of(name)
+    prompts = torch.randint(2, 50000, (rows, prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    wait, waited = _Block.wait, [0.0]
+
+    def timed_wait(block: _Block) -> list[list[int]]:
+        began = time.perf_counter()
+        numbers = wait(block)
+        waited[0] += time.perf_counter() - began
+        return numbers
+
+    results = {}
+    try:
+        _Block.wait = timed_wait  # type: ignore[method-assign]
+        for label, rules in RULES.items():
+            made = Engine(model, batch_size=rows, prefill_tokens=65536)
+            params = [
+                SamplingParams(max_new_tokens=new, ignore_eos=True, seed=row, **rules[row % len(rules)])
+                for row in range(rows)
+            ]
+            runs = []
+            for _ in range(8):  # the first one compiles and records
+                before, waited[0] = made.stats.decode_seconds, 0.0
+                began = time.perf_counter()
+                made.generate(prompts, params)
+                seconds = time.perf_counter() - began
+                decode = made.stats.decode_seconds - before
+                runs.append((rows * new / seconds, 1e6 * decode / new, 1e6 * (decode - waited[0]) / new))
+            speed, token_us, host_us = (statistics.median(column) for column in zip(*runs[1:], strict=True))
+            results[label] = {
+                "tokens_per_second": speed, "token_us": token_us, "host_us": host_us, "waits_us": token_us - host_us,
+            }  # fmt: skip
+            print("  ", label, results[label], flush=True)
+            del made
+            free()
+    finally:
+        _Block.wait = wait  # type: ignore[method-assign]
+    return results
+
+
 @torch.no_grad()
 def prefill(name: str, rows: int, tokens: int) -> dict[str, Any]:
     """Return milliseconds of reading prompts as it is and from a graph, until all is queued and until it is done."""
@@ -433,7 +482,9 @@ def main() -> None:
             if kind == "step":
                 result: Any = step(name, sizes[0], ceiling["copy_gb_s"])
             else:
-                result = {"check": check, "kernels": kernels, "engine": engine, "prefill": prefill}[kind](name, *sizes)
+                result = {"check": check, "kernels": kernels, "engine": engine, "host": host, "prefill": prefill}[kind](
+                    name, *sizes
+                )
         except (RuntimeError, UserError, AssertionError, ValueError, TypeError, LookupError, AttributeError) as error:
             result = {"error": str(error)[:2000]}
         rows.append({"case": case, "result": result})

@@ -11,11 +11,16 @@ from mambacus.reporting.table import Cell, Table, filled, make_table
 
 NAME_LENGTH = 60  # characters shown of a kernel's name; those of templates go on for hundreds
 LONGEST = 3  # kernels of a step that are named
-DECODING = ("step", "prefill", "engine", "check", "kernels")  # first words of the cases of ``gpu_decode_step.py``
+# first words of the cases of ``gpu_decode_step.py``
+DECODING = ("step", "prefill", "engine", "host", "check", "kernels")
 
 _ENGINE = (
     "Engine.generate from its prompts to the last token, median of three runs: tokens a second count the reading of the"
     " prompts, milliseconds a token do not."
+)
+_HOST = (
+    "What a decoded token costs the host by the way it is chosen: medians of seven runs after the first. A token of all"
+    " rows takes the host's work and its waiting for the GPU; where it hardly waits, the host is the limit."
 )
 _STEP = (
     "One token of every row, as the decoder replays it. “Fused” are the kernels of a step as they are chosen; “modules”"
@@ -61,8 +66,8 @@ def is_decode_case(row: dict[str, Any]) -> bool:
 def gpu_tables(sources: Sequence[Source]) -> tuple[Table, ...]:
     """Return the tables of the GPU scripts' records."""
     found = of_kind(sources, "bench")
-    return (engine_table(found), step_table(found), prefill_table(found), check_table(found), kernel_table(found),
-            profile_table(found), launch_table(found), processes_table(found))  # fmt: skip
+    return (engine_table(found), host_table(found), step_table(found), prefill_table(found), check_table(found),
+            kernel_table(found), profile_table(found), launch_table(found), processes_table(found))  # fmt: skip
 
 
 def engine_table(sources: Sequence[Source]) -> Table:
@@ -80,6 +85,24 @@ def engine_table(sources: Sequence[Source]) -> Table:
     columns = ("Model", "#Rows", "#Prompt + new", "#Tokens/s", "#A token of all rows", "#Whole", "#Reading prompts",
                "#First run")  # fmt: skip
     return make_table("gpu-engine", columns, body, title="Generation from end to end", about=_ENGINE)
+
+
+def host_table(sources: Sequence[Source]) -> Table:
+    """The host's part of a decoded token: one row a case and way to choose."""
+    body: list[list[Cell | str]] = []
+    for source, model, (rows, prompt, new), result in _cases(sources, "host"):
+        head: list[Cell | str] = [Cell(model, source.mark), f"{rows:,}", f"{prompt:,} + {new:,}"]
+        if "error" in result:
+            body.append([*head, Cell(str(result["error"]), style="error"), "", "", "", ""])
+            continue
+        body += [
+            [*head, way, rate(timed["tokens_per_second"]),
+             *(milliseconds(timed[f"{part}_us"] / 1000) for part in ("token", "host", "waits"))]
+            for way, timed in result.items()
+        ]  # fmt: skip
+    columns = ("Model", "#Rows", "#Prompt + new", "Tokens chosen by", "#Tokens/s", "#A token of all rows", "#Host",
+               "#Waiting for the GPU")  # fmt: skip
+    return make_table("gpu-host", columns, body, title="The host's part of a token", about=_HOST)
 
 
 def step_table(sources: Sequence[Source]) -> Table:

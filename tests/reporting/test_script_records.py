@@ -45,6 +45,11 @@ def test_cases_of_the_decoding_script(tmp_path):
         {"case": "check:1.4b:8", "result": {**errors, "right": True, "same_argmax": 1.0}},
         {"case": "kernels:1.4b:8", "result": kernels},
         {"case": "engine:1.4b:8:2048:128", "result": {"tokens_per_second": 2048.0, **seconds}},
+        {
+            "case": "host:130m:1:16:256",
+            "result": {"greedy": {"tokens_per_second": 3400.0, "token_us": 250.0, "host_us": 50.0, "waits_us": 200.0}},
+        },
+        {"case": "host:1.4b:1:16:256", "result": {"error": "no room"}},
         *({"case": f"{case}", "result": {"error": "no room"}} for case in ("step:2.8b:1", "engine:2.8b:1:16:16")),
     ]
     page = page_of(tmp_path, {"rows": rows, "ceilings": {"copy_gb_s": 2894.0, "float32_gemm_gflop_s": None}})
@@ -57,6 +62,10 @@ def test_cases_of_the_decoding_script(tmp_path):
         "1.4b", "8", "2,048 + 128", "2,048", "3 ms", "500 ms", "100 ms", "1,500 ms",
     ]  # fmt: skip
     assert texts(table(page, "gpu-engine"))[1][3] == "no room"
+    assert texts(table(page, "gpu-host")) == [
+        ["130m", "1", "16 + 256", "greedy", "3,400", "0.25 ms", "0.05 ms", "0.2 ms"],
+        ["1.4b", "1", "16 + 256", "no room", "", "", "", ""],
+    ]
     assert texts(table(page, "gpu-step-check")) == [["1.4b", "8", "5.00e-03", "5.00e-03", "5.00e-03", "100.0 %", "yes"]]
     assert texts(table(page, "gpu-step-kernels")) == [
         ["1.4b", "8", "in (1 launches failed)", "13.50 µs", "13.00 µs", "14.00 µs"],
