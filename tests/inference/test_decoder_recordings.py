@@ -197,3 +197,31 @@ def test_a_run_looks_at_its_model_once_in_eight_tokens(model: MambaLM, monkeypat
         del looks[:]
         engine.generate([[5, 17, 200]], params)
         assert len(looks) <= 8 + 1  # one for the prompt
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["one by one", "run ahead"])
+def test_a_penalty_applies_to_the_tokens_of_its_own_row(
+    model: MambaLM, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held to the model read anew for each token; rows of two penalties and of none, of unequal lengths."""
+    if ahead:
+        run_ahead(monkeypatch)
+    prompts = [[5, 17, 200], [9, 9], [31, 7, 100, 3], [1, 2]]
+    penalties, lengths = [4.0, 4.0, 2.0, 1.0], [30, 13, 21, 25]
+    params = [
+        SamplingParams(max_new_tokens=length, repetition_penalty=penalty, ignore_eos=True)
+        for penalty, length in zip(penalties, lengths, strict=True)
+    ]
+    engine = Engine(model, batch_size=3)
+    if ahead:
+        engine._decoder = recorded(model, 3)
+    found = engine.generate(prompts, params)
+    for prompt, penalty, length, [completion] in zip(prompts, penalties, lengths, found, strict=True):
+        ids = list(prompt)
+        for _ in range(length):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1].clone()
+            marked = torch.tensor(sorted(set(ids)))
+            logits[marked] = torch.where(logits[marked] > 0, logits[marked] / penalty, logits[marked] * penalty)
+            ids.append(int(logits.argmax()))
+        assert completion.token_ids == ids[len(prompt) :]
