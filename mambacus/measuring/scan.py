@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambacus.measuring.exact import GRADIENTS, scan_errors
 from mambacus.measuring.timing import captured, median, time_ms
 from mambacus.ops import selective_scan
 
 STATES = 16
-EXACT_SHAPE = (2, 128, 512)  # at most so large is the part of a shape whose error is measured
 BUDGET_MS = 40.0  # of work for one time
 # Median ms of mamba-ssm 2.3.2's CUDA kernel, forward and forward + backward, bf16, on an H100 80GB HBM3, torch 2.11
 MAMBA_SSM_H100 = {
@@ -33,13 +33,12 @@ MAMBA_SSM_H100 = {
     (1, 4096, 65536): (6.010, 28.36),
     (1, 8192, 8192): (1.483, 7.036),
 }
-NAMES = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 Shape = tuple[int, int, int]  # batch, d_inner, seqlen
 
 
 def scan_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Return inputs in the range of a trained model, in the order of `NAMES`; A, D and delta_bias are float32."""
+    """Return inputs in the range of a trained model, in the order of `GRADIENTS`; A, D and delta_bias are float32."""
     batch, d_inner, seqlen = shape
     g = torch.Generator(device=device).manual_seed(seqlen)
 
@@ -53,38 +52,30 @@ def scan_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[
     return [x, delta, A, B, C, normal(d_inner), z, normal(d_inner) - 4.0]
 
 
-def calls(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Return a forward pass as in inference, and a forward and backward pass as in training."""
-    inputs = scan_inputs(shape, device, dtype)
-    leaves = [t.detach().requires_grad_() for t in inputs]
-    grad_y = torch.randn_like(inputs[0])
+class Calls:
+    """A forward pass as in inference, and a forward and backward pass as in training, of the same inputs."""
 
-    def forward() -> None:
-        with torch.no_grad():
-            selective_scan(*inputs[:7], delta_bias=inputs[7])
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+        self._inputs = scan_inputs(shape, device, dtype)
+        self._leaves = [t.detach().requires_grad_() for t in self._inputs]
+        self._grad_y = torch.randn_like(self._inputs[0])
 
-    def both() -> None:
-        y, _ = selective_scan(*leaves[:7], delta_bias=leaves[7])
-        torch.autograd.grad(y, leaves, grad_y)
+    @torch.no_grad()
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return y and the final state."""
+        return selective_scan(*self._inputs[:7], delta_bias=self._inputs[7])
 
-    return forward, both
+    def both(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Return y, the final state and the gradients in the order of `GRADIENTS`."""
+        y, state = selective_scan(*self._leaves[:7], delta_bias=self._leaves[7])
+        return y.detach(), state.detach(), torch.autograd.grad(y, self._leaves, self._grad_y)
 
-
-def errors(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Return relative errors of outputs and gradients against the reference in float64, for a part of the shape."""
-    part = tuple(min(size, most) for size, most in zip(shape, EXACT_SHAPE, strict=True))
-    inputs = scan_inputs((part[0], part[1], part[2]), device, dtype)
-    grad_y = torch.randn_like(inputs[0])
-    found = []
-    for wide, backend in ((False, "auto"), (True, "reference")):
-        leaves = [(t.double() if wide else t.detach()).requires_grad_() for t in inputs]
-        y, state = selective_scan(*leaves[:7], delta_bias=leaves[7], backend=backend)
-        found.append((y, state, *torch.autograd.grad(y, leaves, grad_y.to(y.dtype))))
-    names = ("y", "final_state", *NAMES)
-    return {
-        name: ((got.double() - want).norm() / want.norm()).item()
-        for name, got, want in zip(names, found[0], found[1], strict=True)
-    }
+    def errors(self) -> dict[str, float]:
+        """Return relative errors of every output and gradient of these very passes against float64."""
+        inferred, inferred_state = self.forward()
+        y, state, grads = self.both()
+        outputs = {"y": y, "final_state": state, "y_inference": inferred, "final_state_inference": inferred_state}
+        return scan_errors(self._inputs, self._grad_y, outputs, dict(zip(GRADIENTS, grads, strict=True)))
 
 
 def measure_scan(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -92,19 +83,19 @@ def measure_scan(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict
 
     Returns:
         ``forward_ms``, ``both_ms``, ``forward_eager_ms``, ``both_eager_ms``, ``memory_bytes`` (peak of a forward and
-        backward pass, inputs included), ``errors`` by tensor, and ``mamba_ssm_h100_ms`` (forward, both) for the shapes
-        of `MAMBA_SSM_H100` in bfloat16.
+        backward pass, inputs included), ``errors`` by tensor, of every number of these passes (``checked_shape`` is
+        the shape itself), and ``mamba_ssm_h100_ms`` (forward, both) for the shapes of `MAMBA_SSM_H100` in bfloat16.
     """
-    forward, both = calls(shape, device, dtype)
+    made = Calls(shape, device, dtype)
     row: dict[str, Any] = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
-    for name, run in (("forward", forward), ("both", both)):
+    for name, run in (("forward", made.forward), ("both", made.both)):
         row[f"{name}_eager_ms"] = eager_ms(run, device)
         row[f"{name}_ms"] = graph_ms(run, device) if device.type == "cuda" else row[f"{name}_eager_ms"]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        both()
+        made.both()
         row["memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    row["errors"] = errors(shape, device, dtype)
+    row["errors"], row["checked_shape"] = made.errors(), list(shape)
     if dtype == torch.bfloat16 and shape in MAMBA_SSM_H100:
         row["mamba_ssm_h100_ms"] = list(MAMBA_SSM_H100[shape])
     return row

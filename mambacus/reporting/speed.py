@@ -171,7 +171,8 @@ def scan_table(rows: Sequence[tuple[Source, dict[str, Any]]]) -> Table:
 _SCAN = (
     "Shapes are batch × channels × tokens. The limit is the larger of two: bytes over the copy bandwidth, and "
     "exponentials over their throughput, both measured in the same run. The error is the worst of the outputs and "
-    "gradients against float64. The times of mamba-ssm were measured on an H100 in another run, for the same shapes."
+    "gradients against float64: of every number of the timed passes, or of a part of that shape, as older records "
+    "have it. The times of mamba-ssm were measured on an H100 in another run, for the same shapes."
 )
 
 
@@ -188,7 +189,7 @@ def _scan_row(source: Source, row: dict[str, Any]) -> list[Cell | str]:
         Cell(milliseconds(peer[0]), _times(peer[0], forward, "ours")),
         Cell(milliseconds(peer[1]), _times(peer[1], row.get("both_ms"), "ours")),
         size(row.get("memory_bytes")),
-        fixed(max(errors, default=None), ".1e"),
+        Cell(fixed(max(errors, default=None), ".1e"), "" if not errors or "checked_shape" in row else "of a part"),
     ]
 
 

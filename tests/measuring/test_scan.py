@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mambacus import bench
+from mambacus.measuring.exact import GRADIENTS
 from mambacus.measuring.scan import limits_ms, scan_inputs
 from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import read_record
@@ -18,7 +19,8 @@ def test_a_record_has_times_limits_and_errors_of_every_tensor(tmp_path, capsys):
     assert [(row["shape"], row["dtype"]) for row in rows] == [([2, 40, 33], "float32"), ([2, 40, 33], "bfloat16")]
     for row, bound in zip(rows, (3e-6, 1e-2), strict=True):
         assert row["forward_ms"] > 0 and row["both_ms"] > row["bytes_limit_ms"] > 0
-        names = {"y", "final_state", "x", "delta", "A", "B", "C", "D", "z", "delta_bias"}
+        names = {"y", "final_state", "y_inference", "final_state_inference", *GRADIENTS}
+        assert row["checked_shape"] == [2, 40, 33]
         assert row["errors"].keys() == names and max(row["errors"].values()) < bound
         assert "mamba_ssm_h100_ms" not in row
     printed = capsys.readouterr().out
