@@ -2,8 +2,8 @@
 
 Run from the repository: ``PYTHONPATH=. python benchmarks/gpu_decode_step.py --out benchmarks``, with cases to choose:
 ``check:130m:8`` holds a step of 8 rows of a random model to float64, beside the step of the model's modules;
-``step:1.4b:8`` times a step as the decoder replays it, fused and not, and its kernels; from 49 rows on also with each
-of `gpu.FUSIONS`, which ``--many`` sets for the other cases; ``kernels:1.4b:8`` times each
+``step:1.4b:8`` times a step as the decoder replays it, fused and not, and its kernels; from 49 rows on with x_proj,
+dt_proj and norms in own kernels or in none; ``kernels:1.4b:8`` times each
 kernel alone over all layers, with several tilings and torch's product beside it; ``engine:1.4b:8:2048:128`` times
 `Engine.generate` of 8 prompts of 2048 tokens and 128 new ones; ``prefill:1.4b:8:16`` times reading 8 prompts of 16
 tokens, as it is and from a graph, and says where the host's time goes; ``host:130m:1:16:256`` tells what a decoded
@@ -45,7 +45,7 @@ from mambacus.runtime.errors import UserError
 from mambacus.runtime.records import Stopwatch, write_record
 
 DEVICE = torch.device("cuda")
-FEW_ROWS, AHEAD, AHEAD_ROWS, MANY_FUSES = gpu.FEW_ROWS, gpu.AHEAD, gpu.AHEAD_ROWS, gpu.MANY_FUSES
+FEW_ROWS, AHEAD, AHEAD_ROWS, FUSED_ROWS = gpu.FEW_ROWS, gpu.AHEAD, gpu.AHEAD_ROWS, gpu.FUSED_ROWS
 SHORT = [f"engine:1.4b:{rows}:16:256" for rows in (1, 64, 512)] + ["engine:130m:1:16:256"]
 LONG = [f"engine:1.4b:{rows}:2048:128" for rows in (1, 8, 32, 128)]
 STEPS = ["step:130m:1"] + [f"step:1.4b:{rows}" for rows in (1, 8, 16, 32, 64, 128, 512)]
@@ -153,18 +153,15 @@ def step(name: str, rows: int, copy_gb_s: float) -> dict[str, Any]:
         "few, prefetch of out_proj": (rows, nothing | {"in": AHEAD["in"]}, rows), "few, prefetch": (rows, AHEAD, rows),
         "many": (0, AHEAD, AHEAD_ROWS), "modules": (0, AHEAD, AHEAD_ROWS),
     }  # fmt: skip
-    choices = ("projections", "norm", "projections norm", "halves", "projections norm halves",
-               "projections norm overlaps", "projections norm overlaps halves")  # fmt: skip
-    fused = {"many": frozenset[str]()} | {f"many, {names}": frozenset(names.split()) for names in choices}
     if rows > 48:
-        ways |= dict.fromkeys(fused, ways["many"])
+        ways["many, own kernels"] = ways["many"]
     if rows > 64:
         ways = {label: way for label, way in ways.items() if "few" not in label}
     if rows < 16:
         del ways["many"]
     for label, (gpu.FEW_ROWS, gpu.AHEAD, gpu.AHEAD_ROWS) in ways.items():
         gpu.product_launch.cache_clear()
-        gpu.MANY_FUSES = fused.get(label, MANY_FUSES)
+        gpu.FUSED_ROWS = rows if label == "many, own kernels" else 0
         with kernels_of("triton" if label == "modules" else "cuda"):
             decoder = Decoder(model, model, rows)
             state = states(model, min(rows, 8))
@@ -305,17 +302,17 @@ def kernels(name: str, rows: int) -> list[dict[str, Any]]:
 
     def update(projects: bool) -> None:
         for index, layer in enumerate(layers):
-            gpu._update_launch(shape, projects)(
+            gpu._update_launch(shape, projects, True)(
                 part=part, dt_weight=layer.dt_proj, projected=projected, delta=delta,
                 **gpu._scan(layer, ssm[index]), mixed=mixed, xz=xz, y=y,
             )  # fmt: skip
 
-    own_norm = gpu._norm_launch(shape, weights.eps, True, False)
+    own_norm = gpu._norm_launch(shape, weights.eps, True)
     stream_of = {"residual": empty(rows, shape.d_model, dtype=torch.float32), "normed": normed.clone()}
 
     def deltas() -> None:
         for layer in layers:
-            gpu._delta_launch(shape, False)(part=part, dt_weight=layer.dt_proj, projected=projected, delta=delta)
+            gpu._delta_launch(shape)(part=part, dt_weight=layer.dt_proj, projected=projected, delta=delta)
 
     def norms() -> None:
         for layer in layers:
@@ -461,9 +458,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", default=CASES)
     parser.add_argument("--out", type=Path, required=True, help="folder of the record")
-    parser.add_argument(
-        "--many", default="", help="fusions of many rows, for cases other than step: " + ", ".join(gpu.FUSIONS)
-    )
     options = parser.parse_args()
     watch = Stopwatch()
     ceiling = ceilings(DEVICE)
@@ -474,8 +468,7 @@ def main() -> None:
     for case in options.cases:
         kind, name, *numbers = case.split(":")
         sizes = [int(number) for number in numbers]
-        gpu.FEW_ROWS, gpu.AHEAD, gpu.AHEAD_ROWS = FEW_ROWS, AHEAD, AHEAD_ROWS
-        gpu.MANY_FUSES = frozenset(filter(None, options.many.split(","))) if options.many else MANY_FUSES
+        gpu.FEW_ROWS, gpu.AHEAD, gpu.AHEAD_ROWS, gpu.FUSED_ROWS = FEW_ROWS, AHEAD, AHEAD_ROWS, FUSED_ROWS
         gpu.product_launch.cache_clear()
         print(case, f"{watch.seconds:.0f} s", flush=True)
         try:

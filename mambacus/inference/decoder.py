@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Callable
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -88,6 +89,9 @@ class Decoder:
         self._fused: dict[tuple[int, bool], StepWeights | str] = {}  # rows, autocast -> for steps without a graph
         self._tapes: dict[int, Taped | None] = {}  # rows -> None after the first step
         self._watch: Watch | None = None  # the model that the tapes are of
+        self._right: tuple[list[Tensor], Tensor] | None = (
+            None  # what layers keep of A_log, and that A_log
+        )
         # Its graphs share memory: one step's numbers are read before the next one's are written.
         self._given_recorder = recorder
         self._recorder = recorder
@@ -101,13 +105,17 @@ class Decoder:
 
         Call it before a run. Steps need no such look at other parameters: kernels read them where they lie.
         """
-        mixers = [module for module in self._base.modules() if isinstance(module, MambaMixer)]
-        if self._base.device.type != "cpu":  # one look at all layers: each is a wait for the GPU
-            now = -torch.exp(torch.stack([mixer.A_log for mixer in mixers]))
-            if torch.equal(torch.stack([mixer.decay() for mixer in mixers]), now):
+        mixers = [layer.mixer for layer in self._base.backbone.layers if isinstance(layer.mixer, MambaMixer)]
+        kept = [mixer.decay() for mixer in mixers]
+        if self._base.device.type != "cpu" and mixers:  # one look at all layers: each is a wait for the GPU
+            now = torch.stack([mixer.A_log for mixer in mixers])
+            if self._right is not None and all(map(is_, kept, self._right[0])) and torch.equal(now, self._right[1]):
                 return
-        for mixer in mixers:
-            if not torch.equal(mixer.decay(), -torch.exp(mixer.A_log)):
+            if torch.equal(torch.stack(kept), -torch.exp(now)):
+                self._right = (kept, now)
+                return
+        for mixer, decay in zip(mixers, kept, strict=True):
+            if not torch.equal(decay, -torch.exp(mixer.A_log)):
                 torch.autograd.graph.increment_version(mixer.A_log)
 
     def put(self, state: MambaState, slot: int, count: int) -> None:

@@ -196,14 +196,18 @@ class Engine:
         Raises:
             UserError: not text, no tokenizer, a token that the model does not know, or nothing to read after a state.
         """
+        return self._ids(prompt, continues=continues).tolist()
+
+    def _ids(self, prompt: Prompt, *, continues: bool) -> array[int]:
+        """Return what `encode` does, eight bytes a token; an ``array('q')`` as it is."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError("a text prompt needs a tokenizer; this model has none")
             if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
                 raise UserError("the prompt holds half of a surrogate pair, which is no character")
-            ids = list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            ids = array("q", self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
         else:
-            ids = [int(token) for token in prompt]
+            ids = self._tokens(prompt)
         if ids:
             self._check_ids(ids)
             return ids
@@ -213,22 +217,29 @@ class Engine:
         start = start if start is not None else self._base.config.bos_token_id
         if start is None:
             raise UserError("an empty prompt needs a model with a token that starts a document (bos_token_id)")
-        return [start]
+        return array("q", [start])
 
-    def _ids(self, prompt: Prompt, *, continues: bool) -> Sequence[int]:
-        """Return what `encode` does, but an ``array('q')`` as it is: eight bytes a token of a very long prompt."""
-        if isinstance(prompt, array) and prompt.typecode == "q" and len(prompt):
-            self._check_ids(prompt)
+    def _tokens(self, prompt: Sequence[int]) -> array[int]:
+        if isinstance(prompt, array) and prompt.typecode == "q":
             return prompt
-        return self.encode(prompt, continues=continues)
+        try:
+            return array("q", prompt)
+        except TypeError:  # whole numbers of other types
+            return array("q", map(int, prompt))
+        except OverflowError:
+            raise self._unknown(max(prompt, key=abs)) from None
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
+    def _check_ids(self, ids: array[int]) -> None:
         size = self._base.config.padded_vocab_size
-        wrong = next((token for token in (min(ids), max(ids)) if not 0 <= token < size), None)
-        if wrong is not None:
-            raise UserError(
-                f"token id {wrong}: the model's vocabulary has {size} tokens; is the tokenizer another model's?"
-            )
+        least, most = (int(end) for end in torch.frombuffer(ids, dtype=torch.int64).aminmax())
+        if least < 0 or most >= size:
+            raise self._unknown(least if least < 0 else most)
+
+    def _unknown(self, token: int) -> UserError:
+        size = self._base.config.padded_vocab_size
+        return UserError(
+            f"token id {token}: the model's vocabulary has {size} tokens; is the tokenizer another model's?"
+        )
 
     def check(self, prompt: Prompt, params: SamplingParams, *, continues: bool = False) -> None:
         """Find fault with a prompt now and not when it is asked.

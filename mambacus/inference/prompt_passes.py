@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -256,11 +257,12 @@ def padded(
         width: tokens of a row with padding; 0 for the longest row's.
         ragged: say which tokens are padding even where none is.
     """
-    width = width or max(map(len, parts))
-    ragged = ragged or min(map(len, parts)) < width
-    seq_idx = [[0] * len(part) + [-1] * (width - len(part)) for part in parts] if ragged else None
-    return {
-        "input_ids": torch.tensor([[*part, *[0] * (width - len(part))] for part in parts], device=device),
-        "seq_idx": None if seq_idx is None else torch.tensor(seq_idx, dtype=torch.int32, device=device),
-        "logits_at": torch.tensor([[max(0, len(part) - 1)] for part in parts], device=device),
-    }
+    lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+    width = width or int(lengths.max())
+    ids = np.zeros((len(parts), width), np.int64)
+    for row, part in zip(ids, parts, strict=True):
+        row[: len(part)] = part
+    inputs = {"input_ids": ids, "logits_at": np.maximum(lengths - 1, 0)[:, None]}
+    if ragged or lengths.min() < width:
+        inputs["seq_idx"] = -(np.arange(width) >= lengths[:, None]).astype(np.int32)
+    return {"seq_idx": None} | {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}

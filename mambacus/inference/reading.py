@@ -46,9 +46,9 @@ class Request:
     cancelled: bool = False
     cached: int = 0
 
-    def generator(self, sample: int) -> random.Random:
-        """Return the source of randomness of one of its completions."""
-        return generator_for(self.params.seed, self.ids, sample)
+    def generator(self, sample: int) -> random.Random | None:
+        """Return the source of randomness of one of its completions, None where nothing is drawn."""
+        return generator_for(self.params.seed, self.ids, sample) if self.params.temperature else None
 
 
 @dataclasses.dataclass(eq=False)

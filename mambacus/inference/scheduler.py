@@ -37,7 +37,7 @@ class _Row:
 
     request: Request
     sample: int
-    random: random.Random
+    random: random.Random | None  # None where nothing is drawn
     text: TextStream | None
     prompt_scores: list[TokenScore | None] | None
     seen: Tensor | None  # bool (vocabulary,): tokens that a repetition penalty applies to
@@ -164,14 +164,26 @@ class Scheduler:
         while self._incoming:
             self._reader.add(self._incoming.popleft())
         began = time.perf_counter()
-        self._read()
+        end_of_reading = self._read()
         self._place()
-        self._stats.prefill_seconds += time.perf_counter() - began
-        if self._rows or self._queued is not None:
-            began = time.perf_counter()
+        decodes = bool(self._rows) or self._queued is not None
+        ahead = decodes and end_of_reading is not None and self._runs_ahead()
+        if not ahead:
+            began = self._count_reading(began, end_of_reading)
+        if decodes:
             pieces += self._advance()
+            if ahead:  # the GPU reads while the host queues the first tokens
+                began = self._count_reading(began, end_of_reading)
             self._stats.decode_seconds += time.perf_counter() - began
         return pieces
+
+    def _count_reading(self, began: float, end: torch.cuda.Event | None) -> float:
+        """Count the time since ``began`` as spent on reading, after the GPU came to its end; return what time it is."""
+        if end is not None:
+            end.synchronize()
+        now = time.perf_counter()
+        self._stats.prefill_seconds += now - began
+        return now
 
     def _begun(self) -> list[_Row]:
         """Return the rows in the decoder, and those that left it before all of their tokens were looked at."""
@@ -185,8 +197,8 @@ class Scheduler:
         if self.on_read is not None:
             self.on_read(tokens)
 
-    def _read(self) -> None:
-        """Read one chunk.
+    def _read(self) -> torch.cuda.Event | None:
+        """Read one chunk; on a GPU return its end if no row is being decoded beside it.
 
         New prompts are taken when an eighth of the rows is free, so that they are read together and not one by one.
         """
@@ -194,8 +206,11 @@ class Scheduler:
         ready = sum(item.request.params.n - item.begun for item in self._reader.ready)
         most = free - ready if free >= min(len(self._reader), max(1, self.decoder.capacity // 8)) else 0
         self._reader.read(most)
-        if self._base.device.type == "cuda" and self._reader.ready and not self._rows:
-            torch.cuda.synchronize(self._base.device)  # so that the times are those of the work
+        if self._base.device.type != "cuda" or not self._reader.ready or self._rows:
+            return None
+        end = torch.cuda.Event()
+        end.record(torch.cuda.current_stream(self._base.device))
+        return end
 
     def _place(self) -> None:
         """Let completions begin in the free rows: all samples of a prompt are forks of one state."""
@@ -309,10 +324,10 @@ class Scheduler:
 
     def _draw(self, count: int) -> Tensor | None:
         """Return random numbers, float64 (``count``, rows), 0 for greedy rows; None if all rows are."""
-        if not any(row.request.params.temperature for row in self._rows):
+        if all(row.random is None for row in self._rows):
             return None
         numbers = [
-            [row.random.random() if row.request.params.temperature else 0.0 for row in self._rows]
+            [row.random.random() if row.random is not None else 0.0 for row in self._rows]
             for _ in range(count)
         ]  # fmt: skip
         return send(numbers, torch.float64, self._base.device)

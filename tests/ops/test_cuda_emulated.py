@@ -6,7 +6,6 @@ how fast it is (``test_ops_gpu.py``).
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -15,7 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +61,9 @@ INSTRUCTIONS = {  # of the GPU, and what they do
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32": "mma(d, a[0], a[1], a[2], a[3], b0, b1);",
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": "mma_bf16(d, a0, a1, a2, a3, b0, b1);",
     "ld.global.nc.L1::no_allocate.v4.u32": "w = *(const Words*)place;",
+    "createpolicy.fractional.L2::evict_first.b64": "",
+    "ld.global.L1::no_allocate.L2::cache_hint.v4.u32": "w = *(const Words*)place;",
+    "st.global.L2::cache_hint.v4.f32": "place[0] = v[0]; place[1] = v[1]; place[2] = v[2]; place[3] = v[3];",
     "ld.global.cg.v4.u32": "w = *(const Words*)place;",
     "ld.global.cg.f32": "value = *place;",
     "ld.global.cg.u32": "word = *(const unsigned*)place;",
@@ -451,47 +453,17 @@ def test_step_shapes(sizes: dict[str, Any]) -> None:
     hold_step(run_few, guard(step_weights(**sizes)), 9)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"d_state": 8, "conv_bias": False}], ids=str)
-def test_step_of_many_rows(sizes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("sizes", [{}, {"d_state": 8, "conv_bias": False}, {"d_model": 160, "dt_rank": 40}], ids=str)
+def test_step_of_many_rows(monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any], own: bool) -> None:
+    if not own:
+        monkeypatch.setattr(step, "FUSED_ROWS", 0)
     hold_step(run_many, guard(step_weights(**sizes)), 13)
 
 
-@pytest.mark.parametrize("fusions", [("projections",), ("norm",), step.FUSIONS[:3]], ids=str)
-@pytest.mark.parametrize("sizes", [{}, {"d_state": 8, "conv_bias": False}, {"d_model": 160, "dt_rank": 40}], ids=str)
-def test_step_of_many_rows_with_own_kernels(
-    monkeypatch: pytest.MonkeyPatch, fusions: tuple[str, ...], sizes: dict[str, Any]
-) -> None:
-    monkeypatch.setattr(step, "MANY_FUSES", frozenset(fusions))
-    hold_step(run_many, step_weights(**sizes), 13)
-
-
 def test_norm_of_a_row_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "MANY_FUSES", frozenset({"norm"}))
     monkeypatch.setattr(step, "_NORM_THREADS", 32)
     hold_step(run_many, step_weights(d_model=160), 11)  # no other test's number: launches are kept
-
-
-class FakeStream:
-    """Notes who waits for whom."""
-
-    waits: ClassVar[list[tuple[str, str]]] = []
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def wait_stream(self, other: FakeStream) -> None:
-        self.waits.append((self.name, other.name))
-
-
-def test_step_of_two_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each half takes its own rows of the states; streams are a GPU's matter but for who waits for whom."""
-    monkeypatch.setattr(step, "MANY_FUSES", frozenset(step.FUSIONS))
-    monkeypatch.setattr(step, "_side_stream", lambda device: FakeStream("side"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream("here"))
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    FakeStream.waits.clear()
-    hold_step(run_many, step_weights(), 13)
-    assert FakeStream.waits == [("side", "here"), ("here", "side")] * 2  # two runs
 
 
 @pytest.mark.parametrize("kind", ["in", "out", "head"])

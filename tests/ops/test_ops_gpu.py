@@ -33,7 +33,6 @@ from mambacus.ops.linear.dropout import drop
 from mambacus.ops.linear.gpu import lora_linear
 from mambacus.ops.selective_scan.reference import selective_state_update_ref
 from mambacus.runtime.errors import UserError
-from mambacus.runtime.graphs import CudaRecorder
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -294,42 +293,11 @@ def test_fused_step_shapes(sizes: dict[str, Any]) -> None:
         hold_step(functools.partial(decode_step, backend="cuda"), step_weights(**sizes, device="cuda"), batch)
 
 
-@pytest.mark.parametrize(
-    "fusions",
-    [("projections",), ("norm",), ("projections", "norm", "overlaps"), ("halves",), step_kernels.FUSIONS],
-    ids=str,
-)
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("batch", [49, 64, 131])
-def test_fused_step_of_many_rows(monkeypatch: pytest.MonkeyPatch, fusions: tuple[str, ...], batch: int) -> None:
-    monkeypatch.setattr(step_kernels, "MANY_FUSES", frozenset(fusions))
+def test_fused_step_of_many_rows(monkeypatch: pytest.MonkeyPatch, own: bool, batch: int) -> None:
+    monkeypatch.setattr(step_kernels, "FUSED_ROWS", 512 if own else 0)
     hold_step(functools.partial(decode_step, backend="cuda"), step_weights(device="cuda"), batch)
-
-
-@pytest.mark.parametrize("others", [(), ("projections", "norm", "overlaps")], ids=str)
-def test_two_halves_are_two_steps_of_half_the_rows(monkeypatch: pytest.MonkeyPatch, others: tuple[str, ...]) -> None:
-    """The same bits, also from a graph; the head, which is of all rows, is not compared."""
-    weights, g = step_weights(device="cuda"), torch.Generator().manual_seed(0)
-    conv = torch.randn(2, 128, 128, 4, generator=g).to("cuda", torch.bfloat16)
-    ssm = torch.randn(2, 128, 128, 16, generator=g).cuda()
-    tokens = torch.randint(70, (128,), generator=g).cuda()
-    counts = torch.zeros(128, dtype=torch.int64, device="cuda")
-    want = (conv.clone(), ssm.clone())
-    monkeypatch.setattr(step_kernels, "MANY_FUSES", frozenset(others))
-    for rows in (slice(0, 64), slice(64, 128)):
-        decode_step(weights, tokens[rows], want[0][:, rows], want[1][:, rows], counts[rows], backend="cuda")
-    monkeypatch.setattr(step_kernels, "MANY_FUSES", frozenset({"halves", *others}))
-    got = (conv.clone(), ssm.clone())
-
-    def run() -> torch.Tensor:
-        return decode_step(weights, tokens, *got, counts, backend="cuda")
-
-    recorder = CudaRecorder(torch.device("cuda"))
-    recorder.warm_up(run)
-    replay, _ = recorder.record(run)
-    for mine, start in zip(got, (conv, ssm), strict=True):
-        mine.copy_(start)
-    replay()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_fused_step_says_what_it_cannot_take() -> None:

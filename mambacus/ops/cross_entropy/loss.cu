@@ -1,6 +1,9 @@
 // Cross entropy of rows of logits, which become their gradients, for NVIDIA GPUs, compiled at run time by NVRTC; gpu.py gives the
 // macros and launches.
 //
+// Sums name their fused multiply-adds, so that the loss has the same bits with and without the gradient: left to it, the compiler
+// fuses other products in the two.
+//
 // A block owns a row. One pass finds its maximum and the sum of exponentials, a second one, out of the cache, the gradient.
 //
 // Macros: COLUMNS, VEC, THREADS; LOGITS_TYPE; GRADIENT (0 or 1).
@@ -18,7 +21,7 @@ struct Total {
   float most, sum;
   __device__ __forceinline__ void join(float other_most, float other_sum) {
     const float larger = fmaxf(most, other_most);
-    sum = sum * exp2_fast(most - larger) + other_sum * exp2_fast(other_most - larger);
+    sum = fmaf(sum, exp2_fast(most - larger), other_sum * exp2_fast(other_most - larger));
     most = larger;
   }
 };
@@ -36,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cross_entropy(const Args p
     for (int c = 0; c < VEC; c++) most = fmaxf(most, pack[c] * LOG2_E);
 #pragma unroll
     for (int c = 0; c < VEC; c++) sum += exp2_fast(fmaf(pack[c], LOG2_E, -most));
-    own.sum = own.sum * exp2_fast(own.most - most) + sum;
+    own.sum = fmaf(own.sum, exp2_fast(own.most - most), sum);
     own.most = most;
   }
 #pragma unroll
@@ -55,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cross_entropy(const Args p
   for (int w = 1; w < THREADS / 32; w++) own.join(s_most[w], s_sum[w]);
   float log2_total = own.most + log2f(own.sum);
   if (outside) log2_total = __uint_as_float(0x7fc00000u);
-  if (threadIdx.x == 0) p.losses[row] = target < 0 ? 0.0f : log2_total * LN_2 - chosen;
+  if (threadIdx.x == 0) p.losses[row] = target < 0 ? 0.0f : fmaf(log2_total, LN_2, -chosen);
   if (!GRADIENT) return;
   __syncthreads();  // the target's logit has been read
   for (int k = threadIdx.x; k < GROUPS; k += THREADS) {

@@ -1,6 +1,7 @@
 """One token through a Mamba-1 on an NVIDIA GPU: the launches of ``step.cu``.
 
-Few rows run on its kernels alone, four for each layer; many rows leave the products to torch. Results are the same
+Few rows run on its kernels alone, four for each layer; more rows leave the large products to torch, many rows all
+products. Results are the same
 run to run: no atomics. The kernels read weights and states before they wait for the kernel before them; the first one
 of a step is launched plainly and waits for all that was queued before.
 """
@@ -27,8 +28,9 @@ FEW_ROWS = 48  # up to here the own products are used
 # idle; of in_proj, or the head, what is read while one product ends and the next begins.
 AHEAD = {"in": 24 << 20, "out": 8 << 20, "head": 0}
 AHEAD_ROWS = 8  # more rows are slower with it
-MANY_FUSES = frozenset[str]()  # what of `FUSIONS` many rows take; each is to be timed before it becomes the default
-FUSIONS = ("projections", "norm", "overlaps", "halves")
+FUSED_ROWS = (
+    128  # up to here x_proj, dt_proj and the norms are own kernels: they read their inputs again for 8 rows each
+)
 MOST_ROWS = 2 * MOST_BLOCKS  # ``update`` takes at least two a block
 _D_CONV = 4
 _D_STATES = (8, 16, 32, 64)
@@ -151,15 +153,6 @@ def _program(device: int, **values: Any) -> Program:
     return Program(nvrtc.source(_SOURCE), nvrtc.macros(**values), device)
 
 
-def fuses(what: str) -> bool:
-    """Tell whether many rows take one of `FUSIONS`.
-
-    ``projections``: x_proj and dt_proj in own kernels; ``norm``: the same for additions and norms; ``overlaps``: own
-    kernels start while the one before ends; ``halves``: two halves of the rows side by side, on two streams.
-    """
-    return what in MANY_FUSES
-
-
 def _launch(
     shape: Shape, kernel: str, grid: tuple[int, int, int], threads: int, shared_bytes: int = 0, *, min_blocks: int = 1,
     eps: float = 0.0, overlaps: bool = True, **values: int,
@@ -215,37 +208,34 @@ def _embed_launch(shape: Shape) -> Launch:
 
 
 @functools.lru_cache(maxsize=256)
-def _convolve_launch(shape: Shape, projects: bool, overlaps: bool | None = None) -> Launch:
+def _convolve_launch(shape: Shape, projects: bool) -> Launch:
     threads = max(32 * -(-shape.outputs // 16), shape.slice // 2) if projects else 256
     grid = (shape.d_inner // shape.slice, -(-shape.batch // _CONV_ROWS), 1)
-    overlaps = projects if overlaps is None else overlaps
     return _launch(
-        shape, "convolve", grid, threads, overlaps=overlaps, D_INNER=shape.d_inner, SLICE=shape.slice,
+        shape, "convolve", grid, threads, overlaps=projects, D_INNER=shape.d_inner, SLICE=shape.slice,
         BLOCK_ROWS=_CONV_ROWS, HAS_BIAS=shape.conv_bias, PROJECTS=projects, OUTPUTS=shape.outputs,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
-def _delta_launch(shape: Shape, overlaps: bool) -> Launch:
+def _delta_launch(shape: Shape) -> Launch:
     threads = min(512, 2 * shape.d_inner)
     return _launch(
         shape, "delta", (-(-2 * shape.d_inner // threads), -(-shape.batch // _CONV_ROWS), 1), threads,
-        overlaps=overlaps, D_INNER=shape.d_inner, DT_RANK=shape.dt_rank, OUTPUTS=shape.outputs,
-        BLOCK_ROWS=_CONV_ROWS, SLICES=shape.d_inner // shape.slice,
+        D_INNER=shape.d_inner, DT_RANK=shape.dt_rank, OUTPUTS=shape.outputs, BLOCK_ROWS=_CONV_ROWS,
+        SLICES=shape.d_inner // shape.slice,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
-def _norm_launch(shape: Shape, eps: float, adds: bool, overlaps: bool) -> Launch:
+def _norm_launch(shape: Shape, eps: float, adds: bool) -> Launch:
     threads = min(_NORM_THREADS, 32 * -(-shape.d_model // 128))
-    return _launch(
-        shape, "add_norm", (shape.batch, 1, 1), threads, overlaps=overlaps, eps=eps, OUTPUTS=shape.d_model, ADDS=adds
-    )
+    return _launch(shape, "add_norm", (shape.batch, 1, 1), threads, eps=eps, OUTPUTS=shape.d_model, ADDS=adds)
 
 
 @functools.lru_cache(maxsize=256)
-def _update_launch(shape: Shape, projects: bool, overlaps: bool | None = None) -> Launch:
-    channels = 32 if shape.batch < 8 or not projects else 128
+def _update_launch(shape: Shape, projects: bool, overlaps: bool) -> Launch:
+    channels = 64 if not projects else 32 if shape.batch < 8 else 128
     while shape.d_inner % channels or channels * shape.d_state // 4 > 512:
         channels //= 2
     threads, columns = channels * shape.d_state // 4, shape.d_inner // channels
@@ -253,9 +243,8 @@ def _update_launch(shape: Shape, projects: bool, overlaps: bool | None = None) -
     while projects and rows < 8 and columns * -(-shape.batch // rows) * threads > _THREADS_AT_ONCE:
         rows *= 2
     return _launch(
-        shape, "update", (columns, -(-shape.batch // rows), 1), threads,
-        overlaps=projects if overlaps is None else overlaps, D_INNER=shape.d_inner, D_STATE=shape.d_state,
-        DT_RANK=shape.dt_rank, OUTPUTS=shape.outputs, BLOCK_ROWS=rows,
+        shape, "update", (columns, -(-shape.batch // rows), 1), threads, overlaps=overlaps, D_INNER=shape.d_inner,
+        D_STATE=shape.d_state, DT_RANK=shape.dt_rank, OUTPUTS=shape.outputs, BLOCK_ROWS=rows,
         SLICES=shape.d_inner // shape.slice if projects else 0,
     )  # fmt: skip
 
@@ -298,7 +287,7 @@ def few(
             weight=layer.x_proj, taps=layer.conv_weight, taps_bias=layer.conv_bias, xz=xz,
             conv_state=conv_state[index], mixed=mixed, part=part,
         )  # fmt: skip
-        _update_launch(shape, True)(
+        _update_launch(shape, True, True)(
             part=part, dt_weight=layer.dt_proj, **_scan(layer, ssm_state[index]), mixed=mixed, xz=xz, y=y
         )
         launches["out"](weight=layer.out_proj, x=y, norm=norms[index + 1], next=products[index + 1], **stream)
@@ -307,79 +296,45 @@ def few(
 
 
 def many(weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-    """Step many rows: torch's large products, and own kernels for the states and what `MANY_FUSES` names."""
-    if fuses("halves") and shape.batch > 1:
-        normed = _halves(weights, shape, tokens, conv_state, ssm_state)
-    else:
-        normed = _layers(weights, shape, tokens, conv_state, ssm_state)
-    return float32_product(normed, weights.head.t())
+    """Step many rows: torch's products, and own kernels for the states; up to `FUSED_ROWS` for all but the large ones.
 
-
-@functools.cache
-def _side_stream(device: int) -> torch.cuda.Stream:
-    """Return the second half's stream: always the same, whose workspace cuBLAS makes before a graph is recorded.
-
-    Torch hands out its 32 streams of a priority in turns, so one of the usual priority may be the recording's own. And
-    of two halves that start alike, one has to get ahead of the other, or both reach the same kernel at the same time.
+    After a product of torch, which signals nothing before its end, what overlaps is a launch and the reading of
+    weights and states.
     """
-    return torch.cuda.Stream(device, priority=-1)
-
-
-def _halves(weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-    """Run the layers for each half of the rows on its own stream; the head waits for both."""
-    half, side, here = shape.batch // 2, _side_stream(shape.device), torch.cuda.current_stream(shape.device)
-
-    def part(first: int, last: int) -> Tensor:
-        rows = slice(first, last)
-        own = dataclasses.replace(shape, batch=last - first)
-        return _layers(weights, own, tokens[rows], conv_state[:, rows], ssm_state[:, rows])
-
-    side.wait_stream(here)
-    with torch.cuda.stream(side):
-        later = part(half, shape.batch)
-    earlier = part(0, half)
-    here.wait_stream(side)  # memory of ``later`` is reused on its stream alone, which waits for this one first
-    return torch.cat((earlier, later))
-
-
-def _layers(weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-    """Return what the head reads, (batch, d_model)."""
     residual = F.embedding(tokens, weights.embedding).float()
     added: Tensor | None = None
-    own, overlaps = fuses("projections"), fuses("overlaps")
+    own = shape.batch <= FUSED_ROWS
     for index, layer in enumerate(weights.layers):
         normed, residual = _normed(weights, shape, residual, added, layer.norm)
         xz = F.linear(normed, layer.in_proj)
         mixed = xz.new_empty(shape.batch, shape.d_inner)
-        slices = shape.d_inner // shape.slice if own else 0
-        part = xz.new_empty(slices, shape.batch, shape.outputs, dtype=torch.float32) if own else None
-        _convolve_launch(shape, own, overlaps)(
-            weight=layer.x_proj if own else None, taps=layer.conv_weight, taps_bias=layer.conv_bias, xz=xz,
-            conv_state=conv_state[index], mixed=mixed, part=part,
-        )  # fmt: skip
+        conv = {"taps": layer.conv_weight, "taps_bias": layer.conv_bias, "xz": xz, "conv_state": conv_state[index]}
         if own:
+            part = xz.new_empty(shape.d_inner // shape.slice, shape.batch, shape.outputs, dtype=torch.float32)
             projected, delta = xz.new_empty(shape.batch, shape.outputs), torch.empty_like(mixed)
-            _delta_launch(shape, overlaps)(part=part, dt_weight=layer.dt_proj, projected=projected, delta=delta)
+            _convolve_launch(shape, True)(weight=layer.x_proj, **conv, mixed=mixed, part=part)
+            _delta_launch(shape)(part=part, dt_weight=layer.dt_proj, projected=projected, delta=delta)
         else:
+            _convolve_launch(shape, False)(**conv, mixed=mixed)
             projected = F.linear(mixed, layer.x_proj)
             delta = F.linear(projected[:, : shape.dt_rank], layer.dt_proj)
         y = torch.empty_like(mixed)
-        _update_launch(shape, False, overlaps)(
+        _update_launch(shape, False, own)(
             projected=projected, delta=delta, **_scan(layer, ssm_state[index]), mixed=mixed, xz=xz, y=y
         )
         added = F.linear(y, layer.out_proj)
     assert added is not None
-    return _normed(weights, shape, residual, added, weights.norm_f)[0]
+    normed, _ = _normed(weights, shape, residual, added, weights.norm_f)
+    return float32_product(normed, weights.head.t())
 
 
 def _normed(
     weights: StepWeights, shape: Shape, residual: Tensor, added: Tensor | None, norm: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the norm of the residual stream with ``added``, and that stream."""
-    if fuses("norm"):
+    if shape.batch <= FUSED_ROWS:
         normed = residual.new_empty(residual.shape, dtype=torch.bfloat16)
-        launch = _norm_launch(shape, weights.eps, added is not None, fuses("overlaps"))
-        launch(x=added, residual=residual, normed=normed, norm=norm)
+        _norm_launch(shape, weights.eps, added is not None)(x=added, residual=residual, normed=normed, norm=norm)
         return normed, residual
     if added is None:
         return rms_norm(residual, norm, weights.eps), residual

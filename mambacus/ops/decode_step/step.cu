@@ -17,8 +17,8 @@
 // it in this graph writes what it reads, and then waits for this one (await_previous). What an earlier kernel of the step wrote is
 // read past L1 (fresh_...), which may hold older lines.
 //
-// Many rows: torch multiplies; convolve and update run alone (PROJECTS 0, SLICES 0). Or torch has in_proj and out_proj only:
-// convolve gives x_proj's parts, delta adds them up and has dt_proj; and add_norm adds to the residual stream.
+// More rows: torch has in_proj, out_proj and the head; convolve gives x_proj's parts, delta adds them up and has dt_proj, and add_norm
+// adds to the residual stream. Many rows: torch has all products; convolve and update run alone (PROJECTS 0, SLICES 0).
 //
 // Macros: one of EMBED, PRODUCT, CONVOLVE, DELTA, ADD_NORM, UPDATE; the sizes named there; THREADS, MIN_BLOCKS for each multiprocessor.
 
@@ -80,6 +80,21 @@ __device__ __forceinline__ float fresh_half(const char* place) {
   asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(place));
   return widen<1>(bits);
 }
+// Four states, which nobody reads again before the next step: of all in L2 they leave first, and the weights stay.
+__device__ __forceinline__ unsigned long long leaves_first() {
+  unsigned long long policy = 0;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ Words passing_words(const float* place, unsigned long long policy) {
+  Words w;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;" : "=r"(w.word[0]), "=r"(w.word[1]), "=r"(w.word[2]), "=r"(w.word[3]) : "l"(place), "l"(policy));
+  return w;
+}
+__device__ __forceinline__ void put_passing(float* place, const float (&v)[4], unsigned long long policy) {
+  asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" : : "l"(place), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "l"(policy) : "memory");
+}
+
 __device__ __forceinline__ float low(unsigned word) { return __uint_as_float(word << 16); }
 __device__ __forceinline__ float high(unsigned word) { return __uint_as_float(word & 0xffff0000u); }
 
@@ -469,10 +484,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) update(const A
   const int lane = threadIdx.x % LANES, channel = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
   const int first = blockIdx.y * BLOCK_ROWS;
   start_next();
-  Pack<0, 4> state[BLOCK_ROWS];
+  const unsigned long long policy = leaves_first();
+  Words state[BLOCK_ROWS];
 #pragma unroll
   for (int r = 0; r < BLOCK_ROWS; r++)
-    state[r] = floats<4>(p.ssm_state + ((long long)min(first + r, p.batch - 1) * D_INNER + channel) * D_STATE + 4 * lane);
+    state[r] = passing_words(p.ssm_state + ((long long)min(first + r, p.batch - 1) * D_INNER + channel) * D_STATE + 4 * lane, policy);
   const Pack<0, 4> A_log = floats<4>(p.A_log + channel * D_STATE + 4 * lane);
   const float D = p.D[channel], bias = p.delta_bias[channel];
 #if SLICES
@@ -558,12 +574,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) update(const A
     float next[4], y = 0.0f;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      next[k] = fmaf(exp2_fast(delta * decay[k]), state[r][k], delta * x[r] * B[k]);
+      next[k] = fmaf(exp2_fast(delta * decay[k]), __uint_as_float(state[r].word[k]), delta * x[r] * B[k]);
       y = fmaf(next[k], C[k], y);
     }
     y = sum_over_lanes<LANES>(y);
     if (first + r >= p.batch) break;
-    put<0>(p.ssm_state + (row * D_INNER + channel) * D_STATE + 4 * lane, next);
+    put_passing(p.ssm_state + (row * D_INNER + channel) * D_STATE + 4 * lane, next, policy);
     const float gated[1] = {fmaf(D, x[r], y) * z[r] * sigmoid(z[r])};
     if (lane == 0) put<1>(at<1>(p.y, row * D_INNER + channel), gated);
   }
