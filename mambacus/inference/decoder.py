@@ -89,9 +89,7 @@ class Decoder:
         self._fused: dict[tuple[int, bool], StepWeights | str] = {}  # rows, autocast -> for steps without a graph
         self._tapes: dict[int, Taped | None] = {}  # rows -> None after the first step
         self._watch: Watch | None = None  # the model that the tapes are of
-        self._right: tuple[list[Tensor], Tensor] | None = (
-            None  # what layers keep of A_log, and that A_log
-        )
+        self._right: tuple[list[Tensor], Tensor] | None = None  # what layers keep of A_log, and that A_log
         # Its graphs share memory: one step's numbers are read before the next one's are written.
         self._given_recorder = recorder
         self._recorder = recorder

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mambacus.ops import likeliest
 from mambacus.runtime.errors import UserError
 
 MOST_BIAS = 1e6  # float32 still tells logits apart beside it
@@ -117,8 +118,7 @@ def choose_tokens(logits: Tensor, params: SamplingParams, draws: Tensor | None, 
         penalty = params.repetition_penalty
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if params.temperature == 0:
-        highest, token = logits.max(-1)  # NaN counts as the highest
-        return token.masked_fill(highest.isnan(), -1)
+        return likeliest(logits)
     assert draws is not None
     # The highest logit becomes 0 before the division: a tiny temperature must not make infinities of them all.
     logits = logits - logits.amax(-1, keepdim=True)

@@ -179,8 +179,12 @@ class MambaMixer(_KeepsFloat32):
         conv_state: Tensor | None,
         ssm_state: Tensor | None,
         reuse_state: bool = False,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mix the tokens of ``hidden`` (batch, seqlen, d_model); return it with the new conv_state and ssm_state."""
+        """Mix the tokens of ``hidden`` (batch, seqlen, d_model); return it with the new conv_state and ssm_state.
+
+        With ``at``, int64 (batch, k), the output is that of these positions alone.
+        """
         x, z = halves(self.in_proj(hidden))  # (batch, seqlen, d_inner) each
         filtering = (x, seq_idx, conv_state)
         x, conv_state = self.conv1d(*filtering, reuse_state)
@@ -205,7 +209,7 @@ class MambaMixer(_KeepsFloat32):
                 )  # fmt: skip
         if self.offset is not None:
             y = y + self.offset(C, z).view_as(y)
-        return self.out_proj(y), conv_state, ssm_state  # (batch, seqlen, d_model)
+        return self.out_proj(taken(y, at)), conv_state, ssm_state  # (batch, seqlen or k, d_model)
 
     def decay(self) -> Tensor:
         """Return A = -exp(A_log); where no gradient is wanted, it is kept until A_log changes."""
@@ -239,6 +243,11 @@ class MambaMixer(_KeepsFloat32):
         self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
 
+def taken(tensor: Tensor, at: Tensor | None) -> Tensor:
+    """Return positions ``at``, int64 (batch, k), of a tensor (batch, seqlen, width); all of it if None."""
+    return tensor if at is None else tensor.gather(1, at[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
 class Block(nn.Module):
     """``mixer(norm(residual + mixed))``, ``mixed`` being the output of the block before."""
 
@@ -255,15 +264,16 @@ class Block(nn.Module):
         conv_state: Tensor | None,
         ssm_state: Tensor | None,
         reuse_state: bool = False,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Add ``mixed`` to ``residual`` (batch, seqlen, d_model) and read it.
+        """Add ``mixed`` to ``residual`` (batch, seqlen, d_model) and read it; return positions ``at`` alone if given.
 
         Returns:
             The residual stream, what this block adds to it (the next norm does), and the new conv_state and ssm_state.
         """
         normed, residual = self.norm(residual, mixed)  # (batch, seqlen, d_model) each
-        mixed, conv_state, ssm_state = self.mixer(normed, seq_idx, conv_state, ssm_state, reuse_state)
-        return residual, mixed, conv_state, ssm_state
+        mixed, conv_state, ssm_state = self.mixer(normed, seq_idx, conv_state, ssm_state, reuse_state, at)
+        return taken(residual, at), mixed, conv_state, ssm_state
 
 
 class Backbone(nn.Module):
@@ -283,8 +293,12 @@ class Backbone(nn.Module):
         state: MambaState | None,
         checkpointing: bool,
         reuse_state: bool = False,
+        logits_at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the normed hidden states (batch, seqlen, d_model) and the stacked conv_state and ssm_state."""
+        """Return the normed hidden states (batch, seqlen, d_model) and the stacked conv_state and ssm_state.
+
+        With ``logits_at``, int64 (batch, k), those of these positions; of others the last block makes only its state.
+        """
         residual = self.embeddings(input_ids)  # (batch, seqlen, d_model)
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
@@ -293,12 +307,13 @@ class Backbone(nn.Module):
         conv_states, ssm_states = [], []
         for index, block in enumerate(self.layers):
             before = (None, None) if state is None else (state.conv_state[index], state.ssm_state[index])
+            at = logits_at if index == len(self.layers) - 1 else None
             if checkpointing:
                 residual, mixed, conv_state, ssm_state = checkpoint(
-                    block, residual, mixed, seq_idx, *before, use_reentrant=False
+                    block, residual, mixed, seq_idx, *before, False, at, use_reentrant=False
                 )
             else:
-                residual, mixed, conv_state, ssm_state = block(residual, mixed, seq_idx, *before, in_place)
+                residual, mixed, conv_state, ssm_state = block(residual, mixed, seq_idx, *before, in_place, at)
             conv_states.append(conv_state)
             ssm_states.append(ssm_state)
         hidden, _ = self.norm_f(residual, mixed)
@@ -435,11 +450,9 @@ class MambaLM(nn.Module):
         self._check(input_ids, seq_idx, state, labels, logits_at)
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         reuse_state = reuse_state and state is not None and not torch.is_grad_enabled()
-        hidden, conv_state, ssm_state = self.backbone(input_ids, seq_idx, state, checkpointing, reuse_state)
+        hidden, conv_state, ssm_state = self.backbone(input_ids, seq_idx, state, checkpointing, reuse_state, logits_at)
         new_state = MambaState(conv_state, ssm_state, count_tokens(input_ids, seq_idx, state))
         if labels is None:
-            if logits_at is not None:
-                hidden = hidden.gather(1, logits_at[..., None].expand(-1, -1, hidden.shape[-1]))  # (batch, k, d_model)
             return MambaOutput(None, self._logits(hidden), new_state)
         targets = next_labels(labels, seq_idx)  # (batch, seqlen)
         if loss_only:

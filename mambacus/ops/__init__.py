@@ -3,6 +3,7 @@
 from mambacus.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from mambacus.ops.cross_entropy import linear_cross_entropy
 from mambacus.ops.halves import halves
+from mambacus.ops.likeliest import likeliest
 from mambacus.ops.linear import Linear, float32_output, linear
 from mambacus.ops.quantised_linear import quantised_linear, quantised_rows
 from mambacus.ops.remade import remade
@@ -17,6 +18,7 @@ __all__ = [
     "causal_conv1d_update",
     "float32_output",
     "halves",
+    "likeliest",
     "linear",
     "linear_cross_entropy",
     "quantised_linear",

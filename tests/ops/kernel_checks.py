@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -324,3 +325,20 @@ def hold_step(function: Callable[..., Tensor], weights: StepWeights, batch: int,
     for name, ours, reference, exact in zip(("logits", "conv_state", "ssm_state"), got, plain, want, strict=True):
         error, bound = ((t.double() - exact).norm() / exact.norm() for t in (ours, reference))
         assert error <= 1.5 * bound, (name, error, bound)
+
+
+def hold_likeliest(function: Callable[[Tensor], Tensor], columns: int, device: str = "cpu") -> None:
+    """Compare with a walk through each row: ties, infinities and NaN at both ends of it and in between."""
+    g = torch.Generator().manual_seed(columns)
+    logits = torch.randn(9, columns, generator=g)
+    logits[1] = logits[1].round()  # many equal ones
+    logits[2], logits[3] = -torch.inf, 3.0
+    logits[4, columns // 2 :] = torch.inf
+    for row, column in ((5, 0), (6, columns - 1), (7, columns // 2)):
+        logits[row, column] = torch.nan
+    logits[7, 0] = torch.inf
+    want = [-1 if any(map(math.isnan, row)) else row.index(max(row)) for row in logits.tolist()]
+    with poisoned_memory():
+        got = function(logits.to(device))
+    assert got.dtype == torch.int64 and got.tolist() == want
+    assert function(logits[:0].to(device)).tolist() == []

@@ -27,6 +27,7 @@ from kernel_checks import (
     document_ids,
     hold_conv,
     hold_cross_entropy,
+    hold_likeliest,
     hold_linear_cross_entropy,
     hold_norm,
     hold_scan,
@@ -46,6 +47,7 @@ from mambacus.ops.cross_entropy import gpu as loss
 from mambacus.ops.cross_entropy import interface
 from mambacus.ops.decode_step import StepWeights
 from mambacus.ops.decode_step import gpu as step
+from mambacus.ops.likeliest import gpu as likeliest
 from mambacus.ops.linear import dropout
 from mambacus.ops.rms_norm import gpu as norm
 from mambacus.ops.selective_scan import gpu as scan_gpu
@@ -369,6 +371,12 @@ def test_norm_of_more_rows_than_blocks(shape: tuple[int, int], monkeypatch: pyte
     norm._launch.cache_clear()
     hold_norm(norm.forward, norm.backward, shape, torch.float32, torch.float32, torch.bfloat16, with_added=True)
     norm._launch.cache_clear()
+
+
+@pytest.mark.parametrize("columns", [1, 70, 4200])
+def test_likeliest(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likeliest, "_THREADS", 128)
+    hold_likeliest(likeliest.likeliest, columns)
 
 
 @pytest.mark.parametrize(

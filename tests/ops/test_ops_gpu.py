@@ -15,6 +15,7 @@ from kernel_checks import (
     document_ids,
     hold_conv,
     hold_cross_entropy,
+    hold_likeliest,
     hold_linear_cross_entropy,
     hold_norm,
     hold_scan,
@@ -24,7 +25,16 @@ from kernel_checks import (
 )
 
 from mambacus.models import MambaConfig, MambaLM
-from mambacus.ops import add_rms_norm, causal_conv1d, linear, linear_cross_entropy, rms_norm, selective_scan, twins
+from mambacus.ops import (
+    add_rms_norm,
+    causal_conv1d,
+    likeliest,
+    linear,
+    linear_cross_entropy,
+    rms_norm,
+    selective_scan,
+    twins,
+)
 from mambacus.ops.causal_conv1d.reference import causal_conv1d_update_ref
 from mambacus.ops.decode_step import decode_step
 from mambacus.ops.decode_step import gpu as step_kernels
@@ -221,6 +231,11 @@ def test_cross_entropy(dtype: torch.dtype) -> None:
     for shape in ((20, 50280), (3, 70), (0, 8)):
         hold_cross_entropy(cross_entropy_, shape, dtype, "cuda")
     hold_linear_cross_entropy(linear_cross_entropy, dtype, "cuda")
+
+
+@pytest.mark.parametrize("columns", [1, 70, 50280])
+def test_likeliest(columns: int) -> None:
+    hold_likeliest(likeliest, columns, "cuda")
 
 
 def test_model_has_the_gradients_of_the_reference() -> None:
