@@ -25,7 +25,8 @@ class FakeRecorder:
     def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Return what repeats ``run``, and the memory of its result, in which there is nothing yet."""
         like = run()
-        memory = torch.full_like(like, torch.nan if like.is_floating_point() else -12345)
+        with torch.inference_mode(False):  # a graph writes into its memory in any mode
+            memory = torch.full_like(like, torch.nan if like.is_floating_point() else -12345)
 
         def replay() -> None:
             self.replays += 1

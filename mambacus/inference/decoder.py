@@ -29,7 +29,12 @@ TAPED_ROWS = 16  # steps on a CPU of up to so many rows are kept as tapes, whate
 # and the tapes much memory. Such tapes are made for multiples of `ROUNDED_ROWS` only.
 TAPED_NUMBERS = 64 * 512
 ROUNDED_ROWS = 8
+# A tape takes as long to record as several steps, and rows that end one after the other make many sizes. So a size takes
+# the tape of at most twice as many rows first, if there is one; numbers differ by rounding, as with any batch size.
+LEAST_LENT_ROWS = 9  # fewer take far less than twice as many
+LOANS = 8  # steps until a size gets a tape of its own
 GREEDY = SamplingParams()
+MOST_MET = 1024  # ways to draw that are remembered
 MOST_CHOICES = 32  # recorded ways to draw tokens; the least recently used leaves
 # Most numbers (rows x vocabulary) of a recorded draw: beyond, the GPU takes far longer than the host, and the memory of
 # graphs, which nothing else may use, would grow by several times that.
@@ -86,8 +91,10 @@ class Decoder:
         # bucket, whether it chooses the next token -> its replay, the logits or tokens it writes
         self._graphs: dict[tuple[int, bool], tuple[Callable[[], None], Tensor]] = {}
         self._choices: dict[tuple[int, tuple[object, ...]], Choice] = {}  # bucket, rule; last the one used last
+        self._met: set[tuple[int, tuple[object, ...]]] = set()  # ways to draw that were used once, not recorded yet
         self._fused: dict[tuple[int, bool], StepWeights | str] = {}  # rows, autocast -> for steps without a graph
         self._tapes: dict[int, Taped | None] = {}  # rows -> None after the first step
+        self._loans: dict[int, int] = {}  # rows -> steps on a larger tape
         self._watch: Watch | None = None  # the model that the tapes are of
         self._right: tuple[list[Tensor], Tensor] | None = None  # what layers keep of A_log, and that A_log
         # Its graphs share memory: one step's numbers are read before the next one's are written.
@@ -103,7 +110,7 @@ class Decoder:
 
         Call it before a run. Steps need no such look at other parameters: kernels read them where they lie.
         """
-        mixers = [layer.mixer for layer in self._base.backbone.layers if isinstance(layer.mixer, MambaMixer)]
+        mixers = [module for module in self._base.modules() if isinstance(module, MambaMixer)]
         kept = [mixer.decay() for mixer in mixers]
         if self._base.device.type != "cpu" and mixers:  # one look at all layers: each is a wait for the GPU
             now = torch.stack([mixer.A_log for mixer in mixers])
@@ -147,10 +154,10 @@ class Decoder:
         """
         rows = len(tokens)
         pool = self._room(rows)
-        if self._has_graphs(tokens) and self._is_plain(unchanged=unchanged):
-            return self._replay(tokens)
-        if tokens.is_cuda and self._is_plain(unchanged=unchanged):
-            return self._step_now(tokens, _first(pool, rows))
+        if self._has_graphs(tokens) or tokens.is_cuda:
+            if not self._is_plain(unchanged=unchanged):
+                return self._run(tokens[:, None], _first(pool, rows))
+            return self._replay(tokens) if self._has_graphs(tokens) else self._step_now(tokens, _first(pool, rows))
         size = rows if rows <= TAPED_ROWS else min(-(-rows // ROUNDED_ROWS) * ROUNDED_ROWS, self.capacity)
         few = size <= max(TAPED_ROWS, TAPED_NUMBERS // self._base.config.d_inner)
         if few and tokens.device.type == "cpu" and self._is_plain(unchanged=unchanged):
@@ -177,18 +184,29 @@ class Decoder:
         rows = len(tokens)
         chosen = torch.empty(count, rows, dtype=torch.int64, device=tokens.device)
         self._room(rows)
-        if self._has_graphs(tokens) and self._is_plain():
+        recorded = self._has_graphs(tokens)
+        if recorded and self._is_plain():
             if params.rule == GREEDY.rule:
                 return self._follow_likeliest(tokens, chosen)
             size = self._bucket(rows)
             numbers = size * self._base.config.padded_vocab_size
-            if draws is not None and not params.logit_bias and numbers <= MOST_DRAWN_NUMBERS:
+            drawn = draws is not None and not params.logit_bias and numbers <= MOST_DRAWN_NUMBERS
+            if draws is not None and drawn and self._is_met((size, params.rule)):
                 return self._follow_drawn(tokens, chosen, self._choice(size, params), draws)
         for number, row in enumerate(chosen):
-            logits = self.step(tokens, unchanged=number > 0)
+            logits = self.step(tokens, unchanged=recorded or number > 0)
             row.copy_(choose_tokens(logits, params, None if draws is None else draws[number]))
             tokens = row.clamp(min=0)
         return chosen
+
+    def _is_met(self, way: tuple[int, tuple[object, ...]]) -> bool:
+        """Tell whether a way to draw was used before; recording takes as long as several tokens."""
+        if way in self._met or way in self._choices:
+            return True
+        if len(self._met) >= MOST_MET:
+            self._met.clear()
+        self._met.add(way)
+        return False
 
     def _follow_likeliest(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         replay, likeliest = self._recorded(len(tokens), follows=True)
@@ -231,7 +249,8 @@ class Decoder:
         _, logits = self._recorded(size, follows=False)
         assert self._input is not None and self._recorder is not None
         inputs = self._input[:size]
-        draws = torch.zeros(size, dtype=torch.float64, device=inputs.device)
+        with torch.inference_mode(False):
+            draws = torch.zeros(size, dtype=torch.float64, device=inputs.device)
 
         def choose() -> Tensor:
             tokens = choose_tokens(logits, params, draws)
@@ -268,10 +287,10 @@ class Decoder:
         Rows beyond those of ``tokens`` compute what nobody reads.
         """
         rows, state = len(tokens), _first(self._room(size), size)
-        if size not in self._tapes:
+        taped = self._tapes.get(size) or self._lent(size)
+        if taped is None and size not in self._tapes:
             self._tapes[size] = None
             return self._run(tokens[:, None], _first(state, rows))
-        taped = self._tapes[size]
         if taped is None:
             inputs = tokens.new_zeros(size)
             inputs[:rows] = tokens
@@ -281,6 +300,14 @@ class Decoder:
         taped.inputs[:rows] = tokens
         taped.tape.replay()
         return taped.logits[:rows].clone()
+
+    def _lent(self, size: int) -> Taped | None:
+        """Return the smallest tape of more rows that a size without one may use."""
+        larger = [rows for rows, taped in self._tapes.items() if taped is not None and size < rows <= 2 * size]
+        if size < LEAST_LENT_ROWS or not larger or self._loans.get(size, 0) >= LOANS:
+            return None
+        self._loans[size] = self._loans.get(size, 0) + 1
+        return self._tapes[min(larger)]
 
     def _is_plain(self, *, unchanged: bool = False) -> bool:
         """Tell whether the step is nothing but the model's own; if the model changed, forget what was recorded."""
@@ -292,9 +319,10 @@ class Decoder:
         return self._watch.plain
 
     def _forget(self) -> None:
-        """Forget all that was recorded."""
-        for recorded in (self._graphs, self._choices, self._fused, self._tapes):
+        """Forget all that was recorded; what a graph wrote may be held yet, so the next ones get other memory."""
+        for recorded in (self._graphs, self._choices, self._fused, self._tapes, self._loans, self._met):
             recorded.clear()
+        self._recorder = self._given_recorder
 
     def _run(self, tokens: Tensor, state: MambaState) -> Tensor:
         out = self._model(input_ids=tokens, state=state, reuse_state=True)
@@ -311,7 +339,9 @@ class Decoder:
         # On a GPU everything is made at once: graphs remember addresses.
         fixed = weight.is_cuda or self._given_recorder is not None
         size = self.capacity if fixed else min(self.capacity, max(_FIRST_ROWS, 2 * rows))
-        pool = MambaState.zeros(self._base.config, size, weight.device, weight.dtype)
+        with torch.inference_mode(False):  # else nothing outside that mode could write into it
+            pool = MambaState.zeros(self._base.config, size, weight.device, weight.dtype)
+            self._input = torch.zeros(size, dtype=torch.int64, device=weight.device) if fixed else None
         if self._pool is not None and weights == self._weights:
             kept = self._pool.batch
             pool.conv_state[:, :kept] = self._pool.conv_state
@@ -319,7 +349,6 @@ class Decoder:
             pool.tokens[:kept] = self._pool.tokens
         self._pool, self._weights = pool, weights
         self._forget()
-        self._input = torch.zeros(size, dtype=torch.int64, device=weight.device) if fixed else None
         return pool
 
     def _replay(self, tokens: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -219,15 +219,17 @@ class Engine:
             raise UserError("an empty prompt needs a model with a token that starts a document (bos_token_id)")
         return array("q", [start])
 
-    def _tokens(self, prompt: Sequence[int]) -> array[int]:
+    def _tokens(self, prompt: Iterable[int]) -> array[int]:
         if isinstance(prompt, array) and prompt.typecode == "q":
             return prompt
+        numbers = prompt if isinstance(prompt, (list, tuple)) else list(prompt)
         try:
-            return array("q", prompt)
-        except TypeError:  # whole numbers of other types
-            return array("q", map(int, prompt))
+            try:
+                return array("q", numbers)
+            except TypeError:  # whole numbers of other types
+                return array("q", map(int, numbers))
         except OverflowError:
-            raise self._unknown(max(prompt, key=abs)) from None
+            raise self._unknown(max(map(int, numbers), key=abs)) from None
 
     def _check_ids(self, ids: array[int]) -> None:
         size = self._base.config.padded_vocab_size

@@ -7,6 +7,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,9 @@ from mambacus.models import MambaLM, MambaState
 from mambacus.models.primed import PrimedModel
 
 SCORED_TOKENS = 512  # positions whose logits over the vocabulary are held at once
+# Tokens that a pass on a CPU takes besides its own: where splitting one saves more padding, it is split. A GPU waits
+# longer for the launches of a pass than for padding.
+PASS_TOKENS = 128
 
 
 @dataclasses.dataclass
@@ -200,7 +204,10 @@ class Reader:
         state = self._join([item.state for item in group])
         start = 0
         while active := sum(len(part) > start for part in parts):
-            width = max(1, self._most_tokens // active)
+            left = [len(part) - start for part in parts[:active]]
+            width = min(left[0], max(1, self._most_tokens // active))
+            if self._base.device.type == "cpu":
+                width = unpadded_width(left, width)
             chunk = [part[start : start + width] for part in parts[:active]]
             out = self._run(chunk, state)
             staying = sum(len(part) > start + width for part in parts)
@@ -250,6 +257,21 @@ class Reader:
             if start + width >= len(ids):
                 self._end(item, out.logits[:, -1], out.state)
             yield
+
+
+def unpadded_width(lengths: Sequence[int], width: int) -> int:
+    """Return how many columns of rows to read at once, at most ``width``, so that little padding is read.
+
+    Args:
+        lengths: tokens of each row, longest first; those that end within a pass are padded to its end.
+        width: columns that are to be read, in two passes if that saves more than `PASS_TOKENS` of padding.
+    """
+    ends = np.array([length for length in lengths if length < width])  # falling
+    if len(ends) == 0:
+        return width
+    saved = np.arange(len(ends), 0, -1) * (width - ends)  # by a pass that ends with a row: of it and all shorter ones
+    best = int(saved.argmax())
+    return int(ends[best]) if saved[best] > PASS_TOKENS else width
 
 
 def read_alone(

@@ -83,7 +83,8 @@ class SamplingParams:
     def rule(self) -> tuple[object, ...]:
         """What decides how a row's token is chosen: rows of one rule are chosen together."""
         bias = tuple(sorted(self.logit_bias.items()))
-        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, bias
+        excluded = (self.top_k, self.top_p, self.min_p) if self.temperature else (0, 1.0, 0.0)  # never the likeliest
+        return self.temperature, *excluded, self.repetition_penalty, bias
 
 
 def generator_for(seed: int, prompt_ids: Sequence[int], sample: int) -> random.Random:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from mambacus.inference.prefix_cache import PrefixCache
 from mambacus.inference.prompt_passes import PromptPasses
 from mambacus.inference.reading import Reader, Ready, Request, score_tokens
 from mambacus.inference.sampling import SamplingParams, choose_tokens, send
-from mambacus.inference.stats import EngineStats
+from mambacus.inference.stats import Clock, EngineStats
 from mambacus.inference.text import TextStream, decode, stop_tokens
 from mambacus.models import MambaLM, MambaState
 
@@ -136,6 +135,7 @@ class Scheduler:
     ) -> None:
         self._model, self._base, self.decoder, self.passes, self._tokenizer = model, base, decoder, passes, tokenizer
         self._eos, self._cache, self._stats = eos, cache, stats
+        self._clock = Clock(stats, base.device)
         self._incoming: deque[Request] = deque()
         self._reader = Reader(model, base, passes, prefill_tokens, cache, self._count_read)
         self._rows: list[_Row] = []
@@ -163,27 +163,14 @@ class Scheduler:
         pieces = self._drop_cancelled()
         while self._incoming:
             self._reader.add(self._incoming.popleft())
-        began = time.perf_counter()
-        end_of_reading = self._read()
+        self._clock.begin(alone=not self._rows)
+        self._read()
         self._place()
-        decodes = bool(self._rows) or self._queued is not None
-        ahead = decodes and end_of_reading is not None and self._runs_ahead()
-        if not ahead:
-            began = self._count_reading(began, end_of_reading)
-        if decodes:
+        self._clock.has_read(ready=bool(self._rows))
+        if self._rows or self._queued is not None:
             pieces += self._advance()
-            if ahead:  # the GPU reads while the host queues the first tokens
-                began = self._count_reading(began, end_of_reading)
-            self._stats.decode_seconds += time.perf_counter() - began
+        self._clock.end()
         return pieces
-
-    def _count_reading(self, began: float, end: torch.cuda.Event | None) -> float:
-        """Count the time since ``began`` as spent on reading, after the GPU came to its end; return what time it is."""
-        if end is not None:
-            end.synchronize()
-        now = time.perf_counter()
-        self._stats.prefill_seconds += now - began
-        return now
 
     def _begun(self) -> list[_Row]:
         """Return the rows in the decoder, and those that left it before all of their tokens were looked at."""
@@ -197,8 +184,8 @@ class Scheduler:
         if self.on_read is not None:
             self.on_read(tokens)
 
-    def _read(self) -> torch.cuda.Event | None:
-        """Read one chunk; on a GPU return its end if no row is being decoded beside it.
+    def _read(self) -> None:
+        """Read one chunk.
 
         New prompts are taken when an eighth of the rows is free, so that they are read together and not one by one.
         """
@@ -206,11 +193,6 @@ class Scheduler:
         ready = sum(item.request.params.n - item.begun for item in self._reader.ready)
         most = free - ready if free >= min(len(self._reader), max(1, self.decoder.capacity // 8)) else 0
         self._reader.read(most)
-        if self._base.device.type != "cuda" or not self._reader.ready or self._rows:
-            return None
-        end = torch.cuda.Event()
-        end.record(torch.cuda.current_stream(self._base.device))
-        return end
 
     def _place(self) -> None:
         """Let completions begin in the free rows: all samples of a prompt are forks of one state."""

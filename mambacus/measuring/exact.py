@@ -90,10 +90,13 @@ class _Distance:
         self.whole[name] += want.square().sum().item()
 
     def relative(self) -> dict[str, float]:
-        return {
-            name: (apart / self.whole[name]) ** 0.5 if apart and self.whole[name] else (apart and math.inf)
-            for name, apart in self.apart.items()
-        }  # of one token, the gradient of A is zero
+        return {name: self._share(apart, self.whole[name]) for name, apart in self.apart.items()}
+
+    @staticmethod
+    def _share(apart: float, whole: float) -> float:
+        if not math.isfinite(apart):  # NaN, which a maximum of errors would pass over
+            return math.inf
+        return math.sqrt(apart / whole) if whole else math.inf if apart else 0.0  # of one token, A's gradient is zero
 
 
 def scan_errors(

@@ -243,7 +243,7 @@ class MambaMixer(_KeepsFloat32):
         self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
 
-def taken(tensor: Tensor, at: Tensor | None) -> Tensor:
+def taken(tensor: Tensor, at: Tensor | None = None) -> Tensor:
     """Return positions ``at``, int64 (batch, k), of a tensor (batch, seqlen, width); all of it if None."""
     return tensor if at is None else tensor.gather(1, at[..., None].expand(-1, -1, tensor.shape[-1]))
 
@@ -264,7 +264,7 @@ class Block(nn.Module):
         conv_state: Tensor | None,
         ssm_state: Tensor | None,
         reuse_state: bool = False,
-        at: Tensor | None = None,
+        *at: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Add ``mixed`` to ``residual`` (batch, seqlen, d_model) and read it; return positions ``at`` alone if given.
 
@@ -272,8 +272,8 @@ class Block(nn.Module):
             The residual stream, what this block adds to it (the next norm does), and the new conv_state and ssm_state.
         """
         normed, residual = self.norm(residual, mixed)  # (batch, seqlen, d_model) each
-        mixed, conv_state, ssm_state = self.mixer(normed, seq_idx, conv_state, ssm_state, reuse_state, at)
-        return taken(residual, at), mixed, conv_state, ssm_state
+        mixed, conv_state, ssm_state = self.mixer(normed, seq_idx, conv_state, ssm_state, reuse_state, *at)
+        return taken(residual, *at), mixed, conv_state, ssm_state
 
 
 class Backbone(nn.Module):
@@ -307,13 +307,13 @@ class Backbone(nn.Module):
         conv_states, ssm_states = [], []
         for index, block in enumerate(self.layers):
             before = (None, None) if state is None else (state.conv_state[index], state.ssm_state[index])
-            at = logits_at if index == len(self.layers) - 1 else None
+            at = () if logits_at is None or index < len(self.layers) - 1 else (logits_at,)
             if checkpointing:
                 residual, mixed, conv_state, ssm_state = checkpoint(
-                    block, residual, mixed, seq_idx, *before, False, at, use_reentrant=False
+                    block, residual, mixed, seq_idx, *before, False, *at, use_reentrant=False
                 )
             else:
-                residual, mixed, conv_state, ssm_state = block(residual, mixed, seq_idx, *before, in_place, at)
+                residual, mixed, conv_state, ssm_state = block(residual, mixed, seq_idx, *before, in_place, *at)
             conv_states.append(conv_state)
             ssm_states.append(ssm_state)
         hidden, _ = self.norm_f(residual, mixed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -189,8 +190,14 @@ def _scan_row(source: Source, row: dict[str, Any]) -> list[Cell | str]:
         Cell(milliseconds(peer[0]), _times(peer[0], forward, "ours")),
         Cell(milliseconds(peer[1]), _times(peer[1], row.get("both_ms"), "ours")),
         size(row.get("memory_bytes")),
-        Cell(fixed(max(errors, default=None), ".1e"), "" if not errors or "checked_shape" in row else "of a part"),
+        _worst(errors, "" if not errors or "checked_shape" in row else "of a part"),
     ]
+
+
+def _worst(errors: Sequence[float], note: str) -> Cell:
+    if not all(map(math.isfinite, errors)):
+        return Cell("not a number", note, style="error")
+    return Cell(fixed(max(errors, default=None), ".1e"), note)
 
 
 def _limit(row: dict[str, Any]) -> float | None:

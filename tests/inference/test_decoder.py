@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from mambacus.inference import Engine, SamplingParams
 from mambacus.inference import decoder as decoder_module
-from mambacus.inference.decoder import ROUNDED_ROWS, TAPED_ROWS, Decoder
+from mambacus.inference.decoder import LOANS, ROUNDED_ROWS, TAPED_ROWS, Decoder
 from mambacus.inference.watch import Watch
 from mambacus.models import MambaLM
 from mambacus.models.mamba import RMSNorm
@@ -69,6 +69,51 @@ def test_a_tape_of_many_rows_serves_fewer_too(model: MambaLM) -> None:
     for count in (most, most - 4, most):  # multiples of four, which the products take in one order of summation
         assert steps(model, decoder, count) == 0
     assert [*decoder._tapes] == [most]
+
+
+def test_a_size_borrows_a_larger_tape_before_it_gets_its_own(model: MambaLM) -> None:
+    decoder = Decoder(model, model, 16)
+    assert steps(model, decoder, 16, count=3) == 0
+    for _ in range(LOANS):
+        assert steps(model, decoder, 12, count=1) == 0
+    assert [*decoder._tapes] == [16]
+    assert steps(model, decoder, 12, count=3) == 0 and decoder._tapes[12] is not None
+    assert steps(model, decoder, 5, count=1) == 0 and decoder._tapes[5] is None  # few rows do not
+    with torch.no_grad():
+        model = copy.deepcopy(model)
+        decoder = Decoder(model, model, 16)
+        assert steps(model, decoder, 16, count=3) == 0
+        assert steps(model, decoder, 12, count=1) == 0
+        model.backbone.layers[1].mixer.A_log.add_(0.5)
+        assert steps(model, decoder, 12, count=1) == 0  # not from a tape of the model as it was
+        assert decoder._tapes == {12: None} and not decoder._loans
+
+
+class Wrapped(torch.nn.Module):
+    """A module in another, which knows neither of positions nor of new arguments."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["mixer", "block"])
+def test_what_is_kept_of_a_wrapped_layer_follows_it(model: MambaLM, whole: bool) -> None:
+    model = copy.deepcopy(model)
+    mixer = model.backbone.layers[0].mixer
+    if whole:
+        model.backbone.layers[0] = Wrapped(model.backbone.layers[0])
+    else:
+        model.backbone.layers[0].mixer = Wrapped(mixer)
+    engine, params = Engine(model, batch_size=1), SamplingParams(max_new_tokens=4)
+    engine.generate([[1, 2, 3]], params)
+    mixer.A_log.data.add_(1.0)
+    engine.generate([[1, 2, 3]], params)
+    with torch.no_grad():
+        assert torch.equal(mixer.decay(), -torch.exp(mixer.A_log))
 
 
 def test_a_wide_model_is_not_taped_for_many_rows(model: MambaLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def test_the_least_recently_used_choice_leaves(model: MambaLM, monkeypatch: pyte
     decoder = recorded(model, 2)
     fill(model, decoder, 1)
     draws = torch.full((2, 1), 0.5, dtype=torch.float64)
-    for temperature in (0.5, 0.6, 0.5, 0.7, 0.5):
+    for temperature in (0.5, 0.6, 0.7, 0.5, 0.6, 0.5, 0.7, 0.5):  # each is met before it is recorded
         decoder.follow(torch.tensor([5]), 2, SamplingParams(temperature=temperature), draws)
     assert [rule[0] for _, rule in decoder._choices] == [0.7, 0.5]
 
@@ -107,7 +107,8 @@ def test_draws_of_many_numbers_are_not_recorded(model: MambaLM, monkeypatch: pyt
     decoder, params = recorded(model, 4), SamplingParams(temperature=1.0)
     for rows in (2, 3):
         fill(model, decoder, rows)
-        decoder.follow(torch.ones(rows, dtype=torch.int64), 2, params, torch.rand(2, rows, dtype=torch.float64))
+        for _ in range(2):
+            decoder.follow(torch.ones(rows, dtype=torch.int64), 2, params, torch.rand(2, rows, dtype=torch.float64))
     assert [size for size, _ in decoder._choices] == [2]
 
 
@@ -225,3 +226,49 @@ def test_a_penalty_applies_to_the_tokens_of_its_own_row(
             logits[marked] = torch.where(logits[marked] > 0, logits[marked] / penalty, logits[marked] * penalty)
             ids.append(int(logits.argmax()))
         assert completion.token_ids == ids[len(prompt) :]
+
+
+def test_what_was_recorded_in_inference_mode_is_repeated_outside(
+    model: MambaLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ahead(monkeypatch)
+    engine = Engine(model, batch_size=1)
+    engine._decoder = recorded(model, 1)
+    params = [SamplingParams(max_new_tokens=20), SamplingParams(max_new_tokens=20, temperature=0.8, seed=1)]
+    with torch.inference_mode():
+        inside = [engine.generate([[1, 2, 3]], one)[0][0].token_ids for one in params for _ in range(2)]
+    assert [engine.generate([[1, 2, 3]], one)[0][0].token_ids for one in params for _ in range(2)] == inside
+    assert len(engine._decoder._choices) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", [{"logit_bias": {65: 4.0}}, {"temperature": 1.0, "logit_bias": {65: 4.0}}], ids=str)
+def test_a_model_is_looked_at_once_where_the_choice_is_not_recorded(
+    model: MambaLM, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, params = recorded(model, 1), SamplingParams(**rule)
+    fill(model, decoder, 1)
+    draws = torch.rand(6, 1, dtype=torch.float64)
+    decoder.follow(torch.tensor([1]), 6, params, draws)
+    looks = count_looks(monkeypatch)
+    decoder.follow(torch.tensor([1]), 6, params, draws)
+    assert len(looks) == 1 and not decoder._choices
+
+
+@torch.no_grad()
+def test_a_way_to_draw_is_recorded_when_it_comes_again(model: MambaLM) -> None:
+    decoder, draws = recorded(model, 1), torch.rand(3, 1, dtype=torch.float64)
+    fill(model, decoder, 1)
+    for temperature, known in ((0.5, 0), (0.6, 0), (0.5, 1), (0.6, 2), (0.5, 2)):
+        decoder.follow(torch.tensor([1]), 3, SamplingParams(temperature=temperature), draws)
+        assert len(decoder._choices) == known
+
+
+@torch.no_grad()
+def test_greedy_rows_have_one_rule(model: MambaLM) -> None:
+    decoder = recorded(model, 1)
+    fill(model, decoder, 1)
+    params = SamplingParams(temperature=0, top_k=3, top_p=0.5, min_p=0.1)
+    assert params.rule == SamplingParams().rule
+    decoder.follow(torch.tensor([1]), 3, params)
+    assert [*decoder._graphs] == [(1, True)]

@@ -8,6 +8,7 @@ from itertools import chain
 from string import ascii_letters
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -348,3 +349,21 @@ def test_nan_of_one_row_of_many_leaves_the_rest(model: MambaLM, tokenizer: Any) 
     for prompt in (0, 2):
         ends = {piece.sample: piece.completion for piece in pieces if piece.prompt == prompt and piece.completion}
         assert [ends[n] and ends[n].token_ids for n in range(3)] == [one.token_ids for one in expected]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [(5, 0, 7), b"\x05\x00\x07", bytearray(b"\x05\x00\x07"), np.array([5, 0, 7], np.uint8), torch.tensor([5, 0, 7]),
+     [5.0, 0.0, 7.0], (float(n) for n in (5, 0, 7)), (n for n in (5, 0.0, 7)), array("q", [5, 0, 7]),
+     array("i", [5, 0, 7]), [np.int64(5), False, 7]],
+    ids=lambda prompt: type(prompt).__name__,
+)  # fmt: skip
+def test_whole_numbers_of_any_kind_are_a_prompt(model: MambaLM, prompt: Any) -> None:
+    found = Engine(model).encode(prompt)
+    assert found == [5, 0, 7] and {*map(type, found)} == {int}
+
+
+@pytest.mark.parametrize("prompt", [[1e30], [1.0, 2**70], (n for n in (1, 2**70)), [-(2**70)], [3, 900], [-1]], ids=str)
+def test_a_number_that_is_no_token_is_named(model: MambaLM, prompt: Any) -> None:
+    with pytest.raises(UserError, match=r"token id -?\d+: the model's vocabulary has \d+ tokens"):
+        Engine(model).encode(prompt)

@@ -56,3 +56,13 @@ def test_one_wrong_number_is_an_error_of_its_tensor_alone(name, monkeypatch):
     found = scan_errors(inputs, grad_y, outputs, grads)
     assert found.pop(name) == pytest.approx(1e-3, rel=1e-6)
     assert max(found.values()) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["y", "x", "B"])
+def test_a_result_that_is_no_number_is_infinitely_wrong(name):
+    inputs, grad_y, outputs, grads = results((1, 3, 5))
+    where = outputs if name in outputs else grads
+    where[name] = where[name].clone()
+    where[name].view(-1)[0] = torch.nan
+    found = scan_errors(inputs, grad_y, outputs, grads)
+    assert max(found.values()) == found.pop(name) == torch.inf and max(found.values()) < 1e-12

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from op_cases import threads
@@ -53,3 +56,18 @@ def test_records_nothing_afterwards():
 def test_refuses_what_depends_on_numbers(run):
     with pytest.raises(RecordingError, match="depends on numbers"):
         Tape.record(lambda: run(torch.randn(8)))
+
+
+def test_recording_does_not_load_torchs_compiler():
+    """It takes seconds, at the second token that anybody generates."""
+    code = (
+        "import sys, torch\n"
+        "from mambacus.ops.tape import Tape\n"
+        "x = torch.ones(3)\n"
+        "tape, y = Tape.record(lambda: x + 1)\n"
+        "x.fill_(2)\n"
+        "tape.replay()\n"
+        "print(y.tolist(), [name for name in sys.modules if name.startswith('torch._dynamo')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[3.0, 3.0, 3.0] []"
