@@ -2,68 +2,90 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
+from mambacus.inference import stats as module
 from mambacus.inference.stats import Clock, EngineStats
 
 
-class Event:
-    """Of a GPU that comes to it at ``reached``, seconds of the host's clock."""
+class Host:
+    """The host's clock, which goes on when told to; ``Event`` is a mark that a GPU comes to at ``reached``."""
 
-    def __init__(self, reached: float) -> None:
-        self.reached = reached
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+    def event(self, reached: float) -> Event:
+        return Event(self, reached)
+
+
+class Event:
+    def __init__(self, host: Host, reached: float) -> None:
+        self.host, self.reached = host, reached
 
     def synchronize(self) -> None:
-        time.sleep(max(0.0, self.reached - time.perf_counter()))
+        self.host.now = max(self.host.now, self.reached)
 
     def elapsed_time(self, other: Event) -> float:
         return 1e3 * (other.reached - self.reached)
 
 
-def test_on_a_cpu_reading_ends_when_it_was_called():
+@pytest.fixture
+def host(monkeypatch):
+    host = Host()
+    monkeypatch.setattr(module, "time", host)
+    return host
+
+
+def test_on_a_cpu_reading_ends_when_it_was_called(host):
     stats = EngineStats()
     clock = Clock(stats, torch.device("cpu"))
-    for reads, decodes in ((0.02, 0.0), (0.01, 0.03)):
+    for reads, decodes in ((2, 0), (1, 4)):
         clock.begin(alone=True)
-        time.sleep(reads)
+        host.work(reads)
         clock.has_read(ready=decodes > 0)
-        time.sleep(decodes)
+        host.work(decodes)
         clock.end()
-    assert stats.prefill_seconds == pytest.approx(0.03, abs=0.01) and stats.decode_seconds == pytest.approx(
-        0.03, abs=0.01
-    )
+    assert (stats.prefill_seconds, stats.decode_seconds) == (3, 4)
 
 
-@pytest.mark.parametrize("gpu", [0.02, 0.2], ids=["the host is slower", "the GPU is slower"])
-def test_what_is_queued_while_a_gpu_reads_is_decoding(gpu, monkeypatch):
-    """Two passes that take the GPU ``gpu`` seconds each; the host queues one in 0.01 and the first tokens in 0.1."""
+@pytest.mark.parametrize("gpu", [2, 20], ids=["the host is slower", "the GPU is slower"])
+def test_what_is_queued_while_a_gpu_reads_is_decoding(host, monkeypatch, gpu):
+    """Two passes that take the GPU ``gpu`` seconds each; the host queues one in 1 second and the first tokens in 10."""
     stats = EngineStats()
     clock, marks = Clock(stats, torch.device("cuda")), []
 
     def mark():
-        marks.append(Event(time.perf_counter() if not marks else max(time.perf_counter(), marks[0].reached + 2 * gpu)))
+        reached = max(host.now, marks[0].reached + 2 * gpu) if marks else host.now
+        marks.append(host.event(reached))
         return marks[-1]
 
     monkeypatch.setattr(clock, "_mark", mark)
-    began = time.perf_counter()
     for ready in (False, True):
         clock.begin(alone=True)
-        time.sleep(0.01)
+        host.work(1)
         clock.has_read(ready=ready)
-        time.sleep(0.1 * ready)
+        host.work(10 * ready)
         clock.end()
-    whole = time.perf_counter() - began
     assert len(marks) == 2
-    assert stats.prefill_seconds == pytest.approx(2 * gpu, abs=0.02)
-    assert stats.prefill_seconds + stats.decode_seconds == pytest.approx(whole, abs=0.005)
+    assert stats.prefill_seconds == pytest.approx(2 * gpu)
+    assert stats.prefill_seconds + stats.decode_seconds == pytest.approx(host.now - Host.now)
+    clock.begin(alone=True)  # the next prompts are read from now on
+    assert len(marks) == 3
 
 
-def test_beside_rows_that_decode_the_host_s_clock_is_used(monkeypatch):
-    clock = Clock(EngineStats(), torch.device("cuda"))
+def test_beside_rows_that_decode_the_hosts_clock_is_used(host, monkeypatch):
+    stats = EngineStats()
+    clock = Clock(stats, torch.device("cuda"))
     monkeypatch.setattr(clock, "_mark", lambda: pytest.fail("no mark was needed"))
     clock.begin(alone=False)
+    host.work(1)
     clock.has_read(ready=True)
+    host.work(5)
     clock.end()
+    assert (stats.prefill_seconds, stats.decode_seconds) == (1, 5)
