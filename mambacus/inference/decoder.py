@@ -29,8 +29,8 @@ TAPED_ROWS = 16  # steps on a CPU of up to so many rows are kept as tapes, whate
 # and the tapes much memory. Such tapes are made for multiples of `ROUNDED_ROWS` only.
 TAPED_NUMBERS = 64 * 512
 ROUNDED_ROWS = 8
-# A tape takes as long to record as several steps, and rows that end one after the other make many sizes. So a size takes
-# the tape of at most twice as many rows first, if there is one; numbers differ by rounding, as with any batch size.
+# A tape takes as long to record as several steps, and rows that end one after the other make many sizes. So a size
+# takes the tape of at most twice as many rows first, if there is one; numbers differ by rounding, as with any size.
 LEAST_LENT_ROWS = 9  # fewer take far less than twice as many
 LOANS = 8  # steps until a size gets a tape of its own
 GREEDY = SamplingParams()

@@ -495,6 +495,20 @@ def test_what_is_prefetched_by_rows_and_size() -> None:
     assert all(step.prefetched(kind, many, 128)[1] == 0 for kind in ("in", "out", "head"))
 
 
+@pytest.mark.parametrize("kernel", ["convolve", "update"])
+def test_what_is_asked_for_stays_within_the_next_weight(kernel: str) -> None:
+    for d_model, vocabulary in ((160, 17), (768, 50280), (2048, 50280)):
+        shape = step.Shape(d_model, 2 * d_model, 16, 160, vocabulary, True, 9, 0)
+        most = 4 * d_model * d_model if kernel == "convolve" else min(8 * d_model * d_model, 2 * vocabulary * d_model)
+        for blocks in (1, 7, 128, 3143):
+            found = step.asked(kernel, shape, blocks)
+            assert found["SHARE"] % 16 == 0 and 1 <= found["ASKERS"] <= blocks
+            assert found["ASKERS"] * found["SHARE"] <= min(most, step.ASKED[kernel])
+    for batch, asks in ((8, False), (9, True), (32, True), (33, False), (64, False)):
+        assert (step.asked(kernel, dataclasses.replace(shape, batch=batch), 128)["SHARE"] > 0) == asks
+    assert step.asked(kernel, dataclasses.replace(shape, d_model=1024, d_inner=2048), 128)["SHARE"] == 0
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((9, 64), torch.bfloat16), ((5, 13), torch.float32), ((300, 8), torch.float16)], ids=str
 )

@@ -28,9 +28,11 @@ FEW_ROWS = 48  # up to here the own products are used
 # idle; of in_proj, or the head, what is read while one product ends and the next begins.
 AHEAD = {"in": 24 << 20, "out": 8 << 20, "head": 0}
 AHEAD_ROWS = 8  # more rows are slower with it
-FUSED_ROWS = (
-    128  # up to here x_proj, dt_proj and the norms are own kernels: they read their inputs again for 8 rows each
-)
+# Beyond, up to `ASKING_ROWS` of a model with an in_proj of `LEAST_ASKED` bytes: bytes of out_proj that ``convolve``
+# asks for, and of the next in_proj that the last blocks of ``update`` do. 370m was slower with it.
+ASKED = {"convolve": 8 << 20, "update": 4 << 20}
+ASKING_ROWS, LEAST_ASKED = 32, 32 << 20
+FUSED_ROWS = 128  # up to here x_proj, dt_proj and norms are own kernels, which read their inputs again for 8 rows each
 MOST_ROWS = 2 * MOST_BLOCKS  # ``update`` takes at least two a block
 _D_CONV = 4
 _D_STATES = (8, 16, 32, 64)
@@ -38,6 +40,7 @@ _MOST_OUTPUTS = 16 * 24  # of x_proj: a warp for 16, at most 768 threads
 _CONV_ROWS = 8
 _NORM_THREADS = 512  # at most, of a row: four elements each up to a d_model of 2048
 _THREADS_AT_ONCE = 132 * 512  # of ``update`` on an H100, by their registers
+_ASKERS = 64  # the last blocks of a launch
 _KINDS = {"in": 0, "out": 1, "head": 2}
 _SOURCE = Path(__file__).with_name("step.cu")
 _Args = nvrtc.struct(
@@ -185,6 +188,15 @@ def prefetched(kind: str, shape: Shape, blocks: int) -> tuple[int, int]:
     return share // 16 * 16, 0 if useless else min(share, AHEAD[kind] // blocks) // 16 * 16
 
 
+def asked(kernel: str, shape: Shape, blocks: int) -> dict[str, int]:
+    """Return how many blocks of ``convolve`` or ``update`` ask L2 for the next weight, and each one's bytes."""
+    weights = {name: 2 * outputs * inputs for name, (outputs, inputs) in _sizes(shape).items()}
+    most = weights["out"] if kernel == "convolve" else min(weights["in"], weights["head"])
+    askers = min(_ASKERS, blocks)
+    asks = AHEAD_ROWS < shape.batch <= ASKING_ROWS and weights["in"] >= LEAST_ASKED
+    return {"ASKERS": askers, "SHARE": min(most, ASKED[kernel]) // askers // 16 * 16 if asks else 0}
+
+
 @functools.lru_cache(maxsize=256)
 def product_launch(kind: str, shape: Shape, eps: float, cut: Tiling | None = None) -> Launch:
     """Return the launch of a product of few rows."""
@@ -214,6 +226,7 @@ def _convolve_launch(shape: Shape, projects: bool) -> Launch:
     return _launch(
         shape, "convolve", grid, threads, overlaps=projects, D_INNER=shape.d_inner, SLICE=shape.slice,
         BLOCK_ROWS=_CONV_ROWS, HAS_BIAS=shape.conv_bias, PROJECTS=projects, OUTPUTS=shape.outputs,
+        **asked("convolve", shape, grid[0] * grid[1]),
     )  # fmt: skip
 
 
@@ -242,10 +255,11 @@ def _update_launch(shape: Shape, projects: bool, overlaps: bool) -> Launch:
     rows = 1 if shape.batch == 1 else 2
     while projects and rows < 8 and columns * -(-shape.batch // rows) * threads > _THREADS_AT_ONCE:
         rows *= 2
+    grid = (columns, -(-shape.batch // rows), 1)
     return _launch(
-        shape, "update", (columns, -(-shape.batch // rows), 1), threads, overlaps=overlaps, D_INNER=shape.d_inner,
-        D_STATE=shape.d_state, DT_RANK=shape.dt_rank, OUTPUTS=shape.outputs, BLOCK_ROWS=rows,
-        SLICES=shape.d_inner // shape.slice if projects else 0,
+        shape, "update", grid, threads, overlaps=overlaps, D_INNER=shape.d_inner, D_STATE=shape.d_state,
+        DT_RANK=shape.dt_rank, OUTPUTS=shape.outputs, BLOCK_ROWS=rows,
+        SLICES=shape.d_inner // shape.slice if projects else 0, **asked("update", shape, grid[0] * grid[1]),
     )  # fmt: skip
 
 
@@ -285,11 +299,12 @@ def few(
         launches["in"](weight=layer.in_proj, x=normed, squares=squares, y=xz, next=layer.out_proj)
         _convolve_launch(shape, True)(
             weight=layer.x_proj, taps=layer.conv_weight, taps_bias=layer.conv_bias, xz=xz,
-            conv_state=conv_state[index], mixed=mixed, part=part,
+            conv_state=conv_state[index], mixed=mixed, part=part, next=layer.out_proj,
         )  # fmt: skip
         _update_launch(shape, True, True)(
-            part=part, dt_weight=layer.dt_proj, **_scan(layer, ssm_state[index]), mixed=mixed, xz=xz, y=y
-        )
+            part=part, dt_weight=layer.dt_proj, **_scan(layer, ssm_state[index]), mixed=mixed, xz=xz, y=y,
+            next=products[index + 1],
+        )  # fmt: skip
         launches["out"](weight=layer.out_proj, x=y, norm=norms[index + 1], next=products[index + 1], **stream)
     launches["head"](weight=weights.head, x=normed, squares=squares, y=logits)
     return logits

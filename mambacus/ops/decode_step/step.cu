@@ -11,7 +11,8 @@
 // its squares (``squares``); the product that reads them multiplies its sums by 1 / root mean square.
 //
 // A product that has asked for all of its own weights asks for those of the product after it, as far as L2 holds them: else the
-// memory would idle while convolve and update run.
+// memory would idle while convolve and update run. Of 9 to 32 rows convolve asks for some of out_proj, and the last blocks of update
+// for some of the next in_proj.
 //
 // Each kernel lets the next one start at once (start_next), which reads weights and states, of which no kernel of the step before
 // it in this graph writes what it reads, and then waits for this one (await_previous). What an earlier kernel of the step wrote is
@@ -107,6 +108,16 @@ __device__ __forceinline__ void multiply(float (&d)[4], const Words& a, const Wo
   multiply(d, a.word[0], below.word[0], a.word[1], below.word[1], b.word[0], b.word[1]);
   multiply(d, a.word[2], below.word[2], a.word[3], below.word[3], b.word[2], b.word[3]);
 }
+
+#ifdef ASKERS
+// The last ASKERS blocks of a launch ask L2 for the beginning of ``next``, SHARE bytes (a multiple of 16) each.
+__device__ __forceinline__ void ask_for_next(const Args& p) {
+  const int number = (int)(blockIdx.y * gridDim.x + blockIdx.x) - (int)(gridDim.x * gridDim.y) + ASKERS;
+  if (SHARE == 0 || threadIdx.x != 0 || number < 0) return;
+  const char* share = (const char*)p.next + (long long)number * SHARE;
+  for (int done = 0; done < SHARE; done += 16384) prefetch(share + done, min(16384, SHARE - done));
+}
+#endif
 
 template <int LANES> __device__ __forceinline__ float sum_over_lanes(float value) {
 #pragma unroll
@@ -290,6 +301,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) convolve(const
   const int first = blockIdx.y * BLOCK_ROWS, rows = min(p.batch - first, BLOCK_ROWS);
   const int own = threadIdx.x % PAIRS * 2, channel = blockIdx.x * SLICE + own, line = threadIdx.x / PAIRS;
   start_next();
+  ask_for_next(p);
 #if PROJECTS
   __shared__ __align__(16) unsigned tile[BLOCK_ROWS * PADDED / 2];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, place = lane % 4;
@@ -583,5 +595,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) update(const A
     const float gated[1] = {fmaf(D, x[r], y) * z[r] * sigmoid(z[r])};
     if (lane == 0) put<1>(at<1>(p.y, row * D_INNER + channel), gated);
   }
+  ask_for_next(p);
 }
 #endif
