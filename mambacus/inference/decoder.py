@@ -169,8 +169,8 @@ class Decoder:
     ) -> Tensor:
         """Read one token in each of the first ``len(tokens)`` slots, then ``count`` - 1 times the one chosen after it.
 
-        On a GPU the choice is recorded as the step is, so that a token costs the host little more than launching them.
-        The model is looked at once.
+        On a GPU the likeliest token is chosen in the recorded step, and a way to draw is recorded when it is met again,
+        but with a bias or very many numbers: so that a token costs the host little. The model is looked at once.
 
         Args:
             tokens: int64 (rows,).
@@ -282,9 +282,10 @@ class Decoder:
         return weights
 
     def _play(self, tokens: Tensor, size: int) -> Tensor:
-        """Make the step from the tape of ``size`` rows: the first step of a size runs freely, the second is recorded.
+        """Make the step from the tape of ``size`` rows, or one that is lent, or record it.
 
-        Rows beyond those of ``tokens`` compute what nobody reads.
+        The first step of a size without either runs freely, the second is recorded. Rows beyond those of ``tokens``
+        compute what nobody reads.
         """
         rows, state = len(tokens), _first(self._room(size), size)
         taped = self._tapes.get(size) or self._lent(size)
@@ -292,9 +293,10 @@ class Decoder:
             self._tapes[size] = None
             return self._run(tokens[:, None], _first(state, rows))
         if taped is None:
-            inputs = tokens.new_zeros(size)
-            inputs[:rows] = tokens
-            tape, logits = Tape.record(lambda: self._run(inputs[:, None], state))
+            with torch.inference_mode(False), torch.no_grad():  # else it could be repeated in that mode alone
+                inputs = torch.zeros(size, dtype=tokens.dtype)
+                inputs[:rows] = tokens
+                tape, logits = Tape.record(lambda: self._run(inputs[:, None], state))
             self._tapes[size] = Taped(tape, inputs, logits)
             return logits[:rows].clone()
         taped.inputs[:rows] = tokens

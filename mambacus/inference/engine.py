@@ -224,12 +224,19 @@ class Engine:
             return prompt
         numbers = prompt if isinstance(prompt, (list, tuple)) else list(prompt)
         try:
-            try:
-                return array("q", numbers)
-            except TypeError:  # whole numbers of other types
-                return array("q", map(int, numbers))
-        except OverflowError:
-            raise self._unknown(max(map(int, numbers), key=abs)) from None
+            return array("q", numbers)
+        except (TypeError, OverflowError):  # whole numbers of other types, or too large
+            whole = [self._whole(number) for number in numbers]
+        wrong = next((number for number in whole if abs(number) >= 2**63), None)
+        if wrong is not None:
+            raise self._unknown(wrong)
+        return array("q", whole)
+
+    def _whole(self, number: Any) -> int:
+        try:
+            return int(number)
+        except (ValueError, OverflowError):  # NaN, infinity, a tensor of several numbers, a word
+            raise UserError(f"expected token ids, got {number!r}") from None
 
     def _check_ids(self, ids: array[int]) -> None:
         size = self._base.config.padded_vocab_size

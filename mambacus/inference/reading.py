@@ -125,6 +125,11 @@ class Reader:
         """Return the number of requests that are not ready yet."""
         return len(self._waiting) + len(self._group)
 
+    @property
+    def goes_on(self) -> bool:
+        """Tell whether prompts are read in part."""
+        return bool(self._group)
+
     def add(self, request: Request) -> None:
         """Put a request at the end of the queue."""
         self._waiting.append(_Reading(request, 0, request.state, scores=[None] if _scored(request) else None))

@@ -166,7 +166,7 @@ class Scheduler:
         self._clock.begin(alone=not self._rows)
         self._read()
         self._place()
-        self._clock.has_read(ready=bool(self._rows))
+        self._clock.has_read(ready=bool(self._rows), goes_on=self._reader.goes_on)
         if self._rows or self._queued is not None:
             pieces += self._advance()
         self._clock.end()

@@ -63,11 +63,16 @@ class Clock:
         elif self._first is None:
             self._first, self._counted = self._mark(), 0.0
 
-    def has_read(self, *, ready: bool) -> None:
-        """Note that the step's pass is queued; ``ready``: it was the last one of some prompt."""
+    def has_read(self, *, ready: bool, goes_on: bool) -> None:
+        """Note that the step's pass, if there was one, is queued.
+
+        ``ready``: it was the last one of some prompt; ``goes_on``: some prompt is read in part.
+        """
         self._read = time.perf_counter() - self._began
         if self._first is not None and ready:
             self._last = self._mark()
+        elif not goes_on:
+            self._first = None
 
     def end(self) -> None:
         """Count the step."""

@@ -112,7 +112,8 @@ def scan_errors(
         grads: gradients by the names of `GRADIENTS`, each like its input.
 
     Returns:
-        The norm of the difference over the norm of the exact tensor, by name.
+        The norm of the difference over the norm of the exact tensor, by name; infinity where a number is not finite, or
+        where a tensor that should be zero is not.
     """
     x, _, A = inputs[:3]
     batch, seqlen, d_inner = x.shape

@@ -196,7 +196,7 @@ def _scan_row(source: Source, row: dict[str, Any]) -> list[Cell | str]:
 
 def _worst(errors: Sequence[float], note: str) -> Cell:
     if not all(map(math.isfinite, errors)):
-        return Cell("not a number", note, style="error")
+        return Cell("infinite", note, style="error")
     return Cell(fixed(max(errors, default=None), ".1e"), note)
 
 

@@ -367,3 +367,16 @@ def test_whole_numbers_of_any_kind_are_a_prompt(model: MambaLM, prompt: Any) -> 
 def test_a_number_that_is_no_token_is_named(model: MambaLM, prompt: Any) -> None:
     with pytest.raises(UserError, match=r"token id -?\d+: the model's vocabulary has \d+ tokens"):
         Engine(model).encode(prompt)
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), "x", torch.tensor([1, 2])], ids=str)
+def test_what_is_no_whole_number_is_no_token(model: MambaLM, number: Any) -> None:
+    with pytest.raises(UserError, match="expected token ids, got"):
+        Engine(model).encode([1, number])
+
+
+def test_an_engine_first_used_in_inference_mode_works_outside(model: MambaLM) -> None:
+    engine = Engine(model, batch_size=2)
+    with torch.inference_mode():
+        inside = engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=8))
+    assert engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=8)) == inside

@@ -192,9 +192,10 @@ def asked(kernel: str, shape: Shape, blocks: int) -> dict[str, int]:
     """Return how many blocks of ``convolve`` or ``update`` ask L2 for the next weight, and each one's bytes."""
     weights = {name: 2 * outputs * inputs for name, (outputs, inputs) in _sizes(shape).items()}
     most = weights["out"] if kernel == "convolve" else min(weights["in"], weights["head"])
+    if not AHEAD_ROWS < shape.batch <= ASKING_ROWS or weights["in"] < LEAST_ASKED:
+        return {"ASKERS": 1, "SHARE": 0}  # one program for all of them
     askers = min(_ASKERS, blocks)
-    asks = AHEAD_ROWS < shape.batch <= ASKING_ROWS and weights["in"] >= LEAST_ASKED
-    return {"ASKERS": askers, "SHARE": min(most, ASKED[kernel]) // askers // 16 * 16 if asks else 0}
+    return {"ASKERS": askers, "SHARE": min(most, ASKED[kernel]) // askers // 16 * 16}
 
 
 @functools.lru_cache(maxsize=256)

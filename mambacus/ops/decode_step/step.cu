@@ -11,8 +11,8 @@
 // its squares (``squares``); the product that reads them multiplies its sums by 1 / root mean square.
 //
 // A product that has asked for all of its own weights asks for those of the product after it, as far as L2 holds them: else the
-// memory would idle while convolve and update run. Of 9 to 32 rows convolve asks for some of out_proj, and the last blocks of update
-// for some of the next in_proj.
+// memory would idle while convolve and update run. Of 9 to 32 rows the last blocks of convolve ask for some of out_proj, and those
+// of update for some of the next in_proj.
 //
 // Each kernel lets the next one start at once (start_next), which reads weights and states, of which no kernel of the step before
 // it in this graph writes what it reads, and then waits for this one (await_previous). What an earlier kernel of the step wrote is

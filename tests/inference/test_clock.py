@@ -48,7 +48,7 @@ def test_on_a_cpu_reading_ends_when_it_was_called(host):
     for reads, decodes in ((2, 0), (1, 4)):
         clock.begin(alone=True)
         host.work(reads)
-        clock.has_read(ready=decodes > 0)
+        clock.has_read(ready=decodes > 0, goes_on=decodes == 0)
         host.work(decodes)
         clock.end()
     assert (stats.prefill_seconds, stats.decode_seconds) == (3, 4)
@@ -69,14 +69,23 @@ def test_what_is_queued_while_a_gpu_reads_is_decoding(host, monkeypatch, gpu):
     for ready in (False, True):
         clock.begin(alone=True)
         host.work(1)
-        clock.has_read(ready=ready)
+        clock.has_read(ready=ready, goes_on=not ready)
         host.work(10 * ready)
         clock.end()
     assert len(marks) == 2
     assert stats.prefill_seconds == pytest.approx(2 * gpu)
     assert stats.prefill_seconds + stats.decode_seconds == pytest.approx(host.now - Host.now)
+    clock.begin(alone=True)  # looks at the last tokens, and reads nothing
+    clock.has_read(ready=False, goes_on=False)
+    clock.end()
+    host.work(1000)
+    marks.clear()
     clock.begin(alone=True)  # the next prompts are read from now on
-    assert len(marks) == 3
+    host.work(1)
+    clock.has_read(ready=True, goes_on=False)
+    host.work(10)
+    clock.end()
+    assert stats.prefill_seconds == pytest.approx(4 * gpu)
 
 
 def test_beside_rows_that_decode_the_hosts_clock_is_used(host, monkeypatch):
@@ -85,7 +94,7 @@ def test_beside_rows_that_decode_the_hosts_clock_is_used(host, monkeypatch):
     monkeypatch.setattr(clock, "_mark", lambda: pytest.fail("no mark was needed"))
     clock.begin(alone=False)
     host.work(1)
-    clock.has_read(ready=True)
+    clock.has_read(ready=True, goes_on=False)
     host.work(5)
     clock.end()
     assert (stats.prefill_seconds, stats.decode_seconds) == (1, 5)
