@@ -297,14 +297,16 @@ def kernels(name: str, rows: int) -> list[dict[str, Any]]:
         for index, layer in enumerate(layers):
             gpu._convolve_launch(shape, projects)(
                 weight=layer.x_proj, taps=layer.conv_weight, taps_bias=layer.conv_bias, xz=xz,
-                conv_state=conv[index], mixed=mixed, part=part,
+                conv_state=conv[index], mixed=mixed, part=part, next=layer.out_proj,
             )  # fmt: skip
+
+    products = gpu._products(weights)
 
     def update(projects: bool) -> None:
         for index, layer in enumerate(layers):
             gpu._update_launch(shape, projects, True)(
                 part=part, dt_weight=layer.dt_proj, projected=projected, delta=delta,
-                **gpu._scan(layer, ssm[index]), mixed=mixed, xz=xz, y=y,
+                **gpu._scan(layer, ssm[index]), mixed=mixed, xz=xz, y=y, next=products[index + 1],
             )  # fmt: skip
 
     own_norm = gpu._norm_launch(shape, weights.eps, True)

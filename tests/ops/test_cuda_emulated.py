@@ -509,6 +509,26 @@ def test_what_is_asked_for_stays_within_the_next_weight(kernel: str) -> None:
     assert step.asked(kernel, dataclasses.replace(shape, d_model=1024, d_inner=2048), 128)["SHARE"] == 0
 
 
+@pytest.mark.parametrize("run", [run_few, run_many])
+def test_whoever_asks_is_given_the_next_weight(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Tensor]) -> None:
+    """A GPU would be asked for what lies at address 0."""
+    monkeypatch.setattr(step, "LEAST_ASKED", 0)
+    asked, launch = [], nvrtc.Launch.__call__
+
+    def checked(self: nvrtc.Launch, **tensors: Tensor | None) -> None:
+        macros = dict(macro.split("=") for macro in self.program.macros)
+        wanted = int(macros.get("ASKERS", 0)) * int(macros.get("SHARE", 0))
+        if wanted:
+            following = tensors["next"]
+            assert following is not None and wanted <= following.nbytes
+            asked.append(self.kernel)
+        launch(self, **tensors)
+
+    monkeypatch.setattr(nvrtc.Launch, "__call__", checked)
+    hold_step(run, guard(step_weights()), 15)  # no other test's number: launches are kept
+    assert {*asked} == {"convolve", "update"}
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((9, 64), torch.bfloat16), ((5, 13), torch.float32), ((300, 8), torch.float16)], ids=str
 )

@@ -1,9 +1,8 @@
 """One token through a Mamba-1 on an NVIDIA GPU: the launches of ``step.cu``.
 
 Few rows run on its kernels alone, four for each layer; more rows leave the large products to torch, many rows all
-products. Results are the same
-run to run: no atomics. The kernels read weights and states before they wait for the kernel before them; the first one
-of a step is launched plainly and waits for all that was queued before.
+products. Results are the same run to run: no atomics. The kernels read weights and states before they wait for the
+kernel before them; the first one of a step is launched plainly and waits for all that was queued before.
 """
 
 from __future__ import annotations
@@ -179,9 +178,13 @@ def _sizes(shape: Shape) -> dict[str, tuple[int, int]]:
     }  # fmt: skip
 
 
+def _weight_bytes(shape: Shape) -> dict[str, int]:
+    return {name: 2 * outputs * inputs for name, (outputs, inputs) in _sizes(shape).items()}
+
+
 def prefetched(kind: str, shape: Shape, blocks: int) -> tuple[int, int]:
     """Return the bytes of the next weight that are a block's share, and how many of them it asks for."""
-    weights = {name: 2 * outputs * inputs for name, (outputs, inputs) in _sizes(shape).items()}
+    weights = _weight_bytes(shape)
     share = (weights["out"] if kind == "in" else min(weights["in"], weights["head"])) // blocks
     # A small model's in_proj is read before it would be of use.
     useless = shape.batch > AHEAD_ROWS or (kind == "out" and weights["in"] <= AHEAD["out"])
@@ -190,7 +193,7 @@ def prefetched(kind: str, shape: Shape, blocks: int) -> tuple[int, int]:
 
 def asked(kernel: str, shape: Shape, blocks: int) -> dict[str, int]:
     """Return how many blocks of ``convolve`` or ``update`` ask L2 for the next weight, and each one's bytes."""
-    weights = {name: 2 * outputs * inputs for name, (outputs, inputs) in _sizes(shape).items()}
+    weights = _weight_bytes(shape)
     most = weights["out"] if kernel == "convolve" else min(weights["in"], weights["head"])
     if not AHEAD_ROWS < shape.batch <= ASKING_ROWS or weights["in"] < LEAST_ASKED:
         return {"ASKERS": 1, "SHARE": 0}  # one program for all of them
@@ -294,7 +297,7 @@ def few(
     launches = {kind: product_launch(kind, shape, eps) for kind in _KINDS}
     stream = {"residual": residual, "normed": normed, "squares": squares}
     norms = [layer.norm for layer in weights.layers] + [weights.norm_f]
-    products = [layer.in_proj for layer in weights.layers] + [weights.head]
+    products = _products(weights)
     _embed_launch(shape)(tokens=tokens, counts=counts, embedding=weights.embedding, norm=norms[0], **stream)
     for index, layer in enumerate(weights.layers):
         launches["in"](weight=layer.in_proj, x=normed, squares=squares, y=xz, next=layer.out_proj)
@@ -320,11 +323,13 @@ def many(weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor,
     residual = F.embedding(tokens, weights.embedding).float()
     added: Tensor | None = None
     own = shape.batch <= FUSED_ROWS
+    products = _products(weights)
     for index, layer in enumerate(weights.layers):
         normed, residual = _normed(weights, shape, residual, added, layer.norm)
         xz = F.linear(normed, layer.in_proj)
         mixed = xz.new_empty(shape.batch, shape.d_inner)
-        conv = {"taps": layer.conv_weight, "taps_bias": layer.conv_bias, "xz": xz, "conv_state": conv_state[index]}
+        conv = {"taps": layer.conv_weight, "taps_bias": layer.conv_bias, "xz": xz, "conv_state": conv_state[index],
+                "next": layer.out_proj}  # fmt: skip
         if own:
             part = xz.new_empty(shape.d_inner // shape.slice, shape.batch, shape.outputs, dtype=torch.float32)
             projected, delta = xz.new_empty(shape.batch, shape.outputs), torch.empty_like(mixed)
@@ -336,8 +341,9 @@ def many(weights: StepWeights, shape: Shape, tokens: Tensor, conv_state: Tensor,
             delta = F.linear(projected[:, : shape.dt_rank], layer.dt_proj)
         y = torch.empty_like(mixed)
         _update_launch(shape, False, own)(
-            projected=projected, delta=delta, **_scan(layer, ssm_state[index]), mixed=mixed, xz=xz, y=y
-        )
+            projected=projected, delta=delta, **_scan(layer, ssm_state[index]), mixed=mixed, xz=xz, y=y,
+            next=products[index + 1],
+        )  # fmt: skip
         added = F.linear(y, layer.out_proj)
     assert added is not None
     normed, _ = _normed(weights, shape, residual, added, weights.norm_f)
@@ -355,6 +361,11 @@ def _normed(
     if added is None:
         return rms_norm(residual, norm, weights.eps), residual
     return add_rms_norm(residual, added, norm, weights.eps)
+
+
+def _products(weights: StepWeights) -> list[Tensor]:
+    """Return what each layer's input is multiplied by, and what the last layer's output is."""
+    return [layer.in_proj for layer in weights.layers] + [weights.head]
 
 
 def _scan(layer: LayerWeights, ssm_state: Tensor) -> dict[str, Tensor]:

@@ -125,6 +125,33 @@ template <int LANES> __device__ __forceinline__ float sum_over_lanes(float value
   return value;
 }
 
+#if defined(DELTA) || (defined(UPDATE) && SLICES)
+// The sums of x_proj's parts for BLOCK_ROWS rows, four outputs at a time: four threads share them, each every fourth part.
+#define GIVEN (BLOCK_ROWS * OUTPUTS / 4)
+#define ROUNDS ((4 * GIVEN + THREADS - 1) / THREADS)
+#define TAKEN ((SLICES + 3) / 4)  // parts that a thread reads for four outputs
+
+__device__ __forceinline__ void take_parts(const Args& p, int first, Words (&part)[ROUNDS][TAKEN]) {
+#pragma unroll
+  for (int round = 0; round < ROUNDS; round++) {
+    const int e = min((int)threadIdx.x / 4 + round * (THREADS / 4), GIVEN - 1), row = min(first + e / (OUTPUTS / 4), p.batch - 1);
+#pragma unroll
+    for (int k = 0; k < TAKEN; k++)
+      part[round][k] = fresh_words((const char*)(p.part + ((long long)min((int)threadIdx.x % 4 + 4 * k, SLICES - 1) * p.batch + row) * OUTPUTS + 4 * (e % (OUTPUTS / 4))));
+  }
+}
+__device__ __forceinline__ void add_parts(const Words (&part)[TAKEN], float (&sum)[4]) {
+#pragma unroll
+  for (int c = 0; c < 4; c++) {
+    sum[c] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < TAKEN; k++)
+      if ((int)threadIdx.x % 4 + 4 * k < SLICES) sum[c] += __uint_as_float(part[k].word[c]);
+    sum[c] = sum_over_lanes<4>(sum[c]);
+  }
+}
+#endif
+
 #if defined(EMBED) || defined(PRODUCT)
 // TILE neighbouring elements of a row of the residual stream, written by one warp: lane + 32 l is element l of a lane.
 #define LINES ((TILE + 31) / 32)
@@ -368,12 +395,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) convolve(const
 
 #ifdef DELTA
 // D_INNER, DT_RANK, OUTPUTS, SLICES as of update; BLOCK_ROWS (8) rows of the batch, 16 channels a warp: the sums of x_proj's parts,
-// ``projected``, and dt_proj of them, ``delta``. Four threads share four outputs, each every fourth part of their sums.
+// ``projected``, and dt_proj of them, ``delta``.
 #define RANKS ((DT_RANK + 31) / 32)
 #define PADDED (32 * RANKS + 32)  // no bank conflicts
-#define GIVEN (BLOCK_ROWS * OUTPUTS / 4)
-#define ROUNDS ((4 * GIVEN + THREADS - 1) / THREADS)
-#define TAKEN ((SLICES + 3) / 4)
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) delta(const Args p) {
   __shared__ __align__(16) unsigned inputs[BLOCK_ROWS * PADDED / 2];
@@ -392,24 +416,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) delta(const Ar
   __syncthreads();
   await_previous();
   Words part[ROUNDS][TAKEN];
-#pragma unroll
-  for (int round = 0; round < ROUNDS; round++) {
-    const int e = min((int)threadIdx.x / 4 + round * (THREADS / 4), GIVEN - 1), row = min(first + e / (OUTPUTS / 4), p.batch - 1);
-#pragma unroll
-    for (int k = 0; k < TAKEN; k++)
-      part[round][k] = fresh_words((const char*)(p.part + ((long long)min((int)threadIdx.x % 4 + 4 * k, SLICES - 1) * p.batch + row) * OUTPUTS + 4 * (e % (OUTPUTS / 4))));
-  }
+  take_parts(p, first, part);
 #pragma unroll
   for (int round = 0; round < ROUNDS; round++) {
     const int e = threadIdx.x / 4 + round * (THREADS / 4), row = e / (OUTPUTS / 4), output = 4 * (e % (OUTPUTS / 4));
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-#pragma unroll
-      for (int k = 0; k < TAKEN; k++)
-        if ((int)threadIdx.x % 4 + 4 * k < SLICES) sum[c] += __uint_as_float(part[round][k].word[c]);
-      sum[c] = sum_over_lanes<4>(sum[c]);
-    }
+    float sum[4];
+    add_parts(part[round], sum);
     if (threadIdx.x % 4 != 0 || e >= GIVEN) continue;
     if (output < DT_RANK) put<1>((char*)inputs + 2 * (row * PADDED + output), sum);
     if (blockIdx.x == 0 && first + row < p.batch) put<1>(at<1>(p.projected, (long long)(first + row) * OUTPUTS + output), sum);
@@ -487,8 +499,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) add_norm(const
 // LANES threads share a channel, 4 states each.
 #define LANES (D_STATE / 4)
 #define GROUPS ((DT_RANK / 8 + LANES - 1) / LANES)  // of 8 elements of dt, for a lane
-#define ROUNDS ((BLOCK_ROWS * OUTPUTS + THREADS - 1) / THREADS)
-#define TAKEN ((SLICES + 3) / 4)  // parts that a thread reads for four outputs
 
 __device__ __forceinline__ float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
@@ -532,28 +542,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) update(const A
     for (int k = 0; k < 2; k++) words[r][k] = fresh_word(place + 4 * k), words[r][2 + k] = fresh_word(place + 2 * D_STATE + 4 * k);
   }
 #else
-  // Four threads share four outputs, each every fourth part of their sums.
   __shared__ __align__(16) float inputs[BLOCK_ROWS * OUTPUTS];
   Words part[ROUNDS][TAKEN];
-#pragma unroll
-  for (int round = 0; round < ROUNDS; round++) {
-    const int e = min((int)threadIdx.x / 4 + round * (THREADS / 4), BLOCK_ROWS * OUTPUTS / 4 - 1), row = min(first + e / (OUTPUTS / 4), p.batch - 1);
-#pragma unroll
-    for (int k = 0; k < TAKEN; k++)
-      part[round][k] = fresh_words((const char*)(p.part + ((long long)min((int)threadIdx.x % 4 + 4 * k, SLICES - 1) * p.batch + row) * OUTPUTS + 4 * (e % (OUTPUTS / 4))));
-  }
+  take_parts(p, first, part);
 #pragma unroll
   for (int round = 0; round < ROUNDS; round++) {
     const int e = threadIdx.x / 4 + round * (THREADS / 4);
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-#pragma unroll
-      for (int k = 0; k < TAKEN; k++)
-        if ((int)threadIdx.x % 4 + 4 * k < SLICES) sum[c] += __uint_as_float(part[round][k].word[c]);
-      sum[c] = sum_over_lanes<4>(sum[c]);
-    }
-    if (threadIdx.x % 4 == 0 && e < BLOCK_ROWS * OUTPUTS / 4) put<0>(inputs + 4 * e, sum);
+    float sum[4];
+    add_parts(part[round], sum);
+    if (threadIdx.x % 4 == 0 && e < GIVEN) put<0>(inputs + 4 * e, sum);
   }
   __syncthreads();
 #endif
