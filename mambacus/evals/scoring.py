@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mambacus.evals.prefixes import Fork, Tokens, shared_prefixes, walk
+from mambacus.inference.prompt_passes import padded
 from mambacus.models import MambaLM, MambaState
 
 ItemT = TypeVar("ItemT")
@@ -233,10 +234,9 @@ class Scorer:
 
     def _prefill(self, contexts: Sequence[Tokens], state: MambaState | None) -> tuple[Tensor, MambaState]:
         """Return the logits after each context, (contexts, vocabulary), and the state there; both follow ``state``."""
-        input_ids, seq_idx = self._pad(contexts)
-        last = torch.tensor([[len(context) - 1] for context in contexts], device=input_ids.device)
-        out = self.model(input_ids, seq_idx=seq_idx, state=state, logits_at=last)
-        self._count(contexts, input_ids)
+        inputs = padded(contexts, self.device)
+        out = self.model(**inputs, state=state)
+        self._count(contexts)
         return out.logits[:, 0].float(), out.state
 
     def _read(self, rows: Sequence[_Row], state: MambaState | None) -> list[Score]:
@@ -251,14 +251,14 @@ class Scorer:
             if state is not None and state.batch > len(live):
                 state = state.select(range(len(live)))
             pieces = [row.tokens[begin : begin + step] for row in live]
-            input_ids, seq_idx = self._pad(pieces)
+            inputs = padded(pieces, self.device)
             positions, targets, mask = _scored(live, begin, begin + step)
-            out = self.model(input_ids, seq_idx=seq_idx, state=state, logits_at=positions.to(input_ids.device))
-            log_probability, is_top = _judge(out.logits, targets.to(input_ids.device))
+            out = self.model(**inputs | {"logits_at": positions.to(self.device)}, state=state)
+            log_probability, is_top = _judge(out.logits, targets.to(self.device))
             totals[: len(live)] += log_probability.cpu().double().masked_fill(~mask, 0.0).sum(1)
             greedy[: len(live)] &= (is_top.cpu() | ~mask).all(1)
             state = out.state
-            self._count(pieces, input_ids)
+            self._count(pieces)
         return [Score(*found) for found in zip(totals.tolist(), greedy.tolist(), strict=True)]
 
     def _batches(self, items: Sequence[ItemT], length: Callable[[ItemT], int], size: int) -> Iterator[list[ItemT]]:
@@ -276,20 +276,10 @@ class Scorer:
         if batch:
             yield batch
 
-    def _pad(self, pieces: Sequence[Tokens]) -> tuple[Tensor, Tensor | None]:
-        """Return input_ids, int64 (rows, longest), padded on the right, and its seq_idx (None without padding)."""
-        longest = max(map(len, pieces))
-        input_ids = torch.tensor([piece + (0,) * (longest - len(piece)) for piece in pieces])
-        if all(len(piece) == longest for piece in pieces):
-            return input_ids.to(self.device), None
-        lengths = torch.tensor([len(piece) for piece in pieces])
-        seq_idx = torch.where(torch.arange(longest) < lengths[:, None], 0, -1).to(torch.int32)
-        return input_ids.to(self.device), seq_idx.to(self.device)
-
-    def _count(self, pieces: Sequence[Tokens], input_ids: Tensor) -> None:
+    def _count(self, pieces: Sequence[Tokens]) -> None:
         read = sum(map(len, pieces))
         self.counts.tokens_read += read
-        self.counts.tokens_padding += input_ids.numel() - read
+        self.counts.tokens_padding += len(pieces) * max(map(len, pieces)) - read
         self.counts.passes += 1
 
 

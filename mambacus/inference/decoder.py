@@ -154,10 +154,11 @@ class Decoder:
         """
         rows = len(tokens)
         pool = self._room(rows)
-        if self._has_graphs(tokens) or tokens.is_cuda:
+        recorded = self._has_graphs(tokens)
+        if recorded or tokens.is_cuda:
             if not self._is_plain(unchanged=unchanged):
                 return self._run(tokens[:, None], _first(pool, rows))
-            return self._replay(tokens) if self._has_graphs(tokens) else self._step_now(tokens, _first(pool, rows))
+            return self._replay(tokens) if recorded else self._step_now(tokens, _first(pool, rows))
         size = rows if rows <= TAPED_ROWS else min(-(-rows // ROUNDED_ROWS) * ROUNDED_ROWS, self.capacity)
         few = size <= max(TAPED_ROWS, TAPED_NUMBERS // self._base.config.d_inner)
         if few and tokens.device.type == "cpu" and self._is_plain(unchanged=unchanged):
@@ -190,8 +191,8 @@ class Decoder:
                 return self._follow_likeliest(tokens, chosen)
             size = self._bucket(rows)
             numbers = size * self._base.config.padded_vocab_size
-            drawn = draws is not None and not params.logit_bias and numbers <= MOST_DRAWN_NUMBERS
-            if draws is not None and drawn and self._is_met((size, params.rule)):
+            may_record = not params.logit_bias and numbers <= MOST_DRAWN_NUMBERS
+            if draws is not None and may_record and self._is_met((size, params.rule)):
                 return self._follow_drawn(tokens, chosen, self._choice(size, params), draws)
         for number, row in enumerate(chosen):
             logits = self.step(tokens, unchanged=recorded or number > 0)
@@ -209,19 +210,14 @@ class Decoder:
         return False
 
     def _follow_likeliest(self, tokens: Tensor, chosen: Tensor) -> Tensor:
-        replay, likeliest = self._recorded(len(tokens), follows=True)
-        assert self._input is not None
-        self._input[: len(tokens)] = tokens
-        likeliest = likeliest[: len(tokens)]
+        replay, likeliest = self._fed(tokens, follows=True)
         for row in chosen:
             replay()
             row.copy_(likeliest)
         return chosen
 
     def _follow_drawn(self, tokens: Tensor, chosen: Tensor, choice: Choice, draws: Tensor) -> Tensor:
-        replay, _ = self._recorded(len(tokens), follows=False)
-        assert self._input is not None
-        self._input[: len(tokens)] = tokens
+        replay, _ = self._fed(tokens, follows=False)
         numbers, found = choice.draws[: len(tokens)], choice.tokens[: len(tokens)]
         for row, drawn in zip(chosen, draws, strict=True):
             numbers.copy_(drawn)
@@ -354,11 +350,16 @@ class Decoder:
         return pool
 
     def _replay(self, tokens: Tensor) -> Tensor:
-        replay, logits = self._recorded(len(tokens), follows=False)
+        replay, logits = self._fed(tokens, follows=False)
+        replay()
+        return logits
+
+    def _fed(self, tokens: Tensor, *, follows: bool) -> tuple[Callable[[], None], Tensor]:
+        """Write ``tokens`` where the recorded step reads them; return its replay, and what it writes for their rows."""
+        replay, written = self._recorded(len(tokens), follows=follows)
         assert self._input is not None
         self._input[: len(tokens)] = tokens
-        replay()
-        return logits[: len(tokens)]
+        return replay, written[: len(tokens)]
 
     def _recorded(self, rows: int, *, follows: bool) -> tuple[Callable[[], None], Tensor]:
         """Return the replay of a step of at least ``rows`` rows, and what it writes."""

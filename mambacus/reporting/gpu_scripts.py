@@ -70,13 +70,18 @@ def gpu_tables(sources: Sequence[Source]) -> tuple[Table, ...]:
             kernel_table(found), profile_table(found), launch_table(found), processes_table(found))  # fmt: skip
 
 
+def _failed(head: Sequence[Cell | str], result: dict[str, Any], empty: int) -> list[Cell | str]:
+    """Return the row of a case that failed: the error in place of figures, and ``empty`` cells after it."""
+    return [*head, Cell(str(result["error"]), style="error"), *[""] * empty]
+
+
 def engine_table(sources: Sequence[Source]) -> Table:
     """Generation from end to end: one row a case."""
     body: list[list[Cell | str]] = []
     for source, model, (rows, prompt, new), result in _cases(sources, "engine"):
         head: list[Cell | str] = [Cell(model, source.mark), f"{rows:,}", f"{prompt:,} + {new:,}"]
         if "error" in result:
-            body.append([*head, Cell(str(result["error"]), style="error"), "", "", "", ""])
+            body.append(_failed(head, result, 4))
             continue
         body.append([
             *head, rate(result["tokens_per_second"]), milliseconds(result["decode_ms_a_token"]),
@@ -93,7 +98,7 @@ def host_table(sources: Sequence[Source]) -> Table:
     for source, model, (rows, prompt, new), result in _cases(sources, "host"):
         head: list[Cell | str] = [Cell(model, source.mark), f"{rows:,}", f"{prompt:,} + {new:,}"]
         if "error" in result:
-            body.append([*head, Cell(str(result["error"]), style="error"), "", "", "", ""])
+            body.append(_failed(head, result, 4))
             continue
         body += [
             [*head, way, rate(timed["tokens_per_second"]),
@@ -111,7 +116,7 @@ def step_table(sources: Sequence[Source]) -> Table:
     for source, model, (rows,), result in _cases(sources, "step"):
         head: list[Cell | str] = [Cell(model, source.mark), f"{rows:,}"]
         if "error" in result:
-            body.append([*head, "", Cell(str(result["error"]), style="error"), "", "", "", ""])
+            body.append(_failed([*head, ""], result, 4))
             continue
         floor = float(result["floor_ms"])
         for way, timed in result.items():
@@ -132,7 +137,7 @@ def prefill_table(sources: Sequence[Source]) -> Table:
     for source, model, (rows, prompt), result in _cases(sources, "prefill"):
         head: list[Cell | str] = [Cell(model, source.mark), f"{rows:,} × {prompt:,}"]
         if "error" in result:
-            body.append([*head, Cell(str(result["error"]), style="error"), "", "", ""])
+            body.append(_failed(head, result, 3))
             continue
         for way in ("eager", "graph"):
             timed, differ = result[way], result["logits_differ"] if way == "graph" else None
@@ -150,7 +155,7 @@ def check_table(sources: Sequence[Source]) -> Table:
     for source, model, (rows,), result in _cases(sources, "check"):
         head: list[Cell | str] = [Cell(model, source.mark), f"{rows:,}"]
         if "error" in result:
-            body.append([*head, "", Cell(str(result["error"]), style="error"), "", "", "", ""])
+            body.append(_failed([*head, ""], result, 4))
             continue
         ways = {"": result} if "logits" in result else {way: got for way, got in result.items() if way != "right"}
         for way, got in ways.items():
@@ -173,7 +178,7 @@ def kernel_table(sources: Sequence[Source]) -> Table:
     for source, model, (rows,), result in _cases(sources, "kernels"):
         head: list[Cell | str] = [Cell(model, source.mark), f"{rows:,}"]
         if isinstance(result, dict):
-            body.append([*head, Cell(str(result["error"]), style="error"), "", "", ""])
+            body.append(_failed(head, result, 3))
             continue
         for kernel, wide in dict.fromkeys((row["kernel"], _wide(row)) for row in result if row["what"] != "torch"):
             tried = [row for row in result if row["kernel"] == kernel]
